@@ -1,0 +1,171 @@
+// What the C ABI hands to a device: checked tensors, resolved options, and the Stream interface that the CPU
+// device (cpu/) and CUDA (kernels/) both implement. Nothing behind this line validates arguments again.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "numerics.h"
+#include "sage.h"
+
+namespace sage {
+
+// ---- errors: thrown inside the library, turned into a status at the ABI ----------------------------------
+
+struct Error {
+  sage_status status;
+  std::string message;  // one sentence
+  const char* file;
+  int line;
+};
+
+#define SAGE_FAIL(status, message) throw ::sage::Error{(status), (message), __FILE__, __LINE__}
+
+// ---- tensors --------------------------------------------------------------------------------------------
+
+enum class DType : int32_t { kF32, kF16, kBF16, kI8, kI4, kE4M3 };  // the values of sage.h
+
+inline int bits_per_element(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return 32;
+    case DType::kF16:
+    case DType::kBF16: return 16;
+    case DType::kI4: return 4;
+    default: return 8;
+  }
+}
+
+// A checked tensor [batch, heads, tokens, channels]; strides in elements.
+struct View {
+  void* data = nullptr;
+  DType dtype = DType::kF32;
+  int64_t shape[4] = {0, 0, 0, 0};
+  int64_t stride[4] = {0, 0, 0, 0};
+
+  explicit operator bool() const { return data != nullptr; }
+  int64_t batch() const { return shape[0]; }
+  int64_t heads() const { return shape[1]; }
+  int64_t tokens() const { return shape[2]; }
+  int64_t channels() const { return shape[3]; }
+};
+
+// ---- operations -----------------------------------------------------------------------------------------
+
+struct SmoothOp {
+  View x, mean, smoothed;  // smoothed may be absent
+  int64_t block_rows;      // rows of one mean; never 0 (all tokens: x.tokens())
+};
+
+struct QuantizeOp {         // and its inverse
+  View x, mean, codes, scales;
+  bool per_channel;         // else `grouping` over rows
+  Grouping grouping;
+  int64_t group_rows;       // never 0
+  int64_t mean_rows;        // never 0
+  float range;              // largest code magnitude
+};
+
+enum class Kernel : int32_t { kAuto, kFlash, kSage1, kSage1Int8, kSage2, kSage2Int4, kSage2PP };  // as in sage.h
+
+// Everything decided about one attention call; made by plan.cpp, shown by sage_explain.
+struct Plan {
+  Kernel kernel;
+  int architecture;                    // 0: CPU
+  int granularity;                     // SAGE_GRANULARITY_* of Q and K
+  Grouping q_grouping, k_grouping;
+  int64_t q_group_rows, k_group_rows;
+  bool smooth_q, smooth_k, smooth_v;
+  bool f16_accumulator;                // sage1: P.V sums of one key tile in f16
+  float p_range, v_range;              // largest code of P and V; 448 unless sage2++
+  int block_q, block_k;
+  int padded_head_dim;
+  size_t workspace_bytes;
+  std::string implementation, reason;
+};
+
+struct AttentionOp {
+  View q, k, v, o, lse;  // lse may be absent
+  bool causal;
+  float scale;           // resolved, > 0
+  Plan plan;
+};
+
+struct QuantizedAttentionOp {
+  View q, q_scales, q_mean;  // means may be absent
+  View k, k_scales, k_mean;
+  View v, v_scales, v_mean;  // v_scales are absent for sage1
+  View o, lse;
+  int64_t q_mean_rows;       // never 0
+  bool causal;
+  float scale;
+  Plan plan;                 // its smoothing flags are unused
+};
+
+// ---- streams --------------------------------------------------------------------------------------------
+
+class Event {
+ public:
+  virtual ~Event() = default;
+};
+
+// An ordered queue of work on one device. Calls enqueue and return; they throw Error. Thread-safe.
+class Stream {
+ public:
+  virtual ~Stream() = default;  // waits
+
+  virtual void* allocate(size_t bytes) = 0;
+  virtual void release(void* address) noexcept = 0;
+  virtual void write(void* to, const void* from, size_t bytes) = 0;  // from host; `from` may be reused on return
+  virtual void read(void* to, const void* from, size_t bytes) = 0;   // to host; waits
+  virtual void copy(void* to, const void* from, size_t bytes) = 0;
+  virtual void fill(void* to, uint8_t value, size_t bytes) = 0;
+  virtual void synchronize() = 0;
+  virtual bool idle() = 0;
+
+  virtual std::unique_ptr<Event> create_event() = 0;
+  virtual void record(Event& event) = 0;
+  virtual float elapsed_ms(Event& begin, Event& end) = 0;  // waits for end
+
+  virtual void smooth(const SmoothOp& op) = 0;
+  virtual void quantize(const QuantizeOp& op) = 0;
+  virtual void dequantize(const QuantizeOp& op) = 0;
+  virtual void attention(const AttentionOp& op) = 0;
+  virtual void attention_quantized(const QuantizedAttentionOp& op) = 0;
+};
+
+// ---- devices --------------------------------------------------------------------------------------------
+
+// What a plan needs to know of a device; plain data, so plans can be made and tested without one.
+struct DeviceTraits {
+  bool cpu = true;
+  int compute_capability = 0;   // 90 for sm_90
+  int multiprocessors = 0;
+  std::string implementation;   // of the CPU device: "cpu avx512"
+};
+
+std::unique_ptr<Stream> open_cpu_stream();
+sage_device_info describe_cpu();
+
+// In a CPU-only build these say so (SAGE_NO_DEVICE).
+int cuda_device_count();  // throws Error{SAGE_NO_DEVICE} with the reason where there is none
+std::unique_ptr<Stream> open_cuda_stream(int ordinal);
+sage_device_info describe_cuda(int ordinal);
+DeviceTraits cuda_traits(int ordinal);
+DeviceTraits cpu_traits();
+
+// ---- plans ----------------------------------------------------------------------------------------------
+
+struct AttentionShape {
+  int64_t batch, q_heads, kv_heads, q_tokens, k_tokens, head_dim, v_dim;
+  DType dtype, out_dtype;
+  bool causal;
+};
+
+// Pure: throws SAGE_UNSUPPORTED, with the allowed values, where the device cannot do it.
+Plan plan_attention(const AttentionShape& shape, const sage_attention_options& options, const DeviceTraits& device);
+Plan plan_attention_quantized(const AttentionShape& shape, const sage_attention_quantized_call& call,
+                              const DeviceTraits& device);
+
+}  // namespace sage
