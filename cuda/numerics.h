@@ -57,9 +57,9 @@ SAGE_HD float f16_to_f32(uint16_t h) {
 
 SAGE_HD uint16_t f32_to_f16(float x) {
   const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0x7fff;                         // NaN, canonical
-  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);      // rounds to 2^16 or more
-  if (magnitude < 0x38800000u) {                                      // subnormal: the adder rounds for us
+  if (magnitude > 0x7f800000u) return 0x7fff;                     // NaN, canonical
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 2^16 or more
+  if (magnitude < 0x38800000u) {                                  // subnormal: the adder rounds for us
     return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u));
   }
   const uint32_t odd = (magnitude >> 13) & 1u;
@@ -118,7 +118,7 @@ SAGE_HD float int8_value(int8_t code) { return code == kInt8NotFinite ? float_of
 SAGE_HD float int4_value(int8_t code) { return code == kInt4NotFinite ? float_of(0x7fc00000u) : float(code); }
 
 // Two INT4 codes a byte: channel 2i in the low half, channel 2i+1 in the high half.
-SAGE_HD uint8_t pack_int4(int8_t even, int8_t odd) { return uint8_t((even & 15) | (odd << 4)); }
+SAGE_HD uint8_t pack_int4(int8_t even, int8_t odd) { return uint8_t((even & 15) | (odd & 15) << 4); }
 SAGE_HD int8_t unpack_int4(uint8_t byte, int channel) {
   return int8_t((channel & 1) ? int8_t(byte) >> 4 : int8_t(byte << 4) >> 4);
 }

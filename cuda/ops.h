@@ -21,7 +21,8 @@ struct Error {
   int line;
 };
 
-#define SAGE_FAIL(status, message) throw ::sage::Error{(status), (message), __FILE__, __LINE__}
+#define SAGE_FAIL(status, message) \
+  throw ::sage::Error { (status), (message), __FILE__, __LINE__ }
 
 // ---- tensors --------------------------------------------------------------------------------------------
 
@@ -58,13 +59,13 @@ struct SmoothOp {
   int64_t block_rows;      // rows of one mean; never 0 (all tokens: x.tokens())
 };
 
-struct QuantizeOp {         // and its inverse
+struct QuantizeOp {  // and its inverse
   View x, mean, codes, scales;
-  bool per_channel;         // else `grouping` over rows
+  bool per_channel;  // else `grouping` over rows
   Grouping grouping;
-  int64_t group_rows;       // never 0
-  int64_t mean_rows;        // never 0
-  float range;              // largest code magnitude
+  int64_t group_rows;  // never 0
+  int64_t mean_rows;   // never 0
+  float range;         // largest code magnitude
 };
 
 enum class Kernel : int32_t { kAuto, kFlash, kSage1, kSage1Int8, kSage2, kSage2Int4, kSage2PP };  // as in sage.h
@@ -72,13 +73,13 @@ enum class Kernel : int32_t { kAuto, kFlash, kSage1, kSage1Int8, kSage2, kSage2I
 // Everything decided about one attention call; made by plan.cpp, shown by sage_explain.
 struct Plan {
   Kernel kernel;
-  int architecture;                    // 0: CPU
-  int granularity;                     // SAGE_GRANULARITY_* of Q and K
+  int architecture;  // 0: CPU
+  int granularity;   // SAGE_GRANULARITY_* of Q and K
   Grouping q_grouping, k_grouping;
   int64_t q_group_rows, k_group_rows;
   bool smooth_q, smooth_k, smooth_v;
-  bool f16_accumulator;                // sage1: P.V sums of one key tile in f16
-  float p_range, v_range;              // largest code of P and V; 448 unless sage2++
+  bool f16_accumulator;    // sage1: P.V sums of one key tile in f16
+  float p_range, v_range;  // largest code of P and V; 448 unless sage2++
   int block_q, block_k;
   int padded_head_dim;
   size_t workspace_bytes;
@@ -88,7 +89,7 @@ struct Plan {
 struct AttentionOp {
   View q, k, v, o, lse;  // lse may be absent
   bool causal;
-  float scale;           // resolved, > 0
+  float scale;  // resolved, > 0
   Plan plan;
 };
 
@@ -97,10 +98,10 @@ struct QuantizedAttentionOp {
   View k, k_scales, k_mean;
   View v, v_scales, v_mean;  // v_scales are absent for sage1
   View o, lse;
-  int64_t q_mean_rows;       // never 0
+  int64_t q_mean_rows;  // never 0
   bool causal;
   float scale;
-  Plan plan;                 // its smoothing flags are unused
+  Plan plan;  // its smoothing flags are unused
 };
 
 // ---- streams --------------------------------------------------------------------------------------------
@@ -140,9 +141,9 @@ class Stream {
 // What a plan needs to know of a device; plain data, so plans can be made and tested without one.
 struct DeviceTraits {
   bool cpu = true;
-  int compute_capability = 0;   // 90 for sm_90
+  int compute_capability = 0;  // 90 for sm_90
   int multiprocessors = 0;
-  std::string implementation;   // of the CPU device: "cpu avx512"
+  std::string implementation;  // of the CPU device: "cpu avx512"
 };
 
 std::unique_ptr<Stream> open_cpu_stream();

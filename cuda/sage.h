@@ -43,13 +43,14 @@ enum {
 /* Device numbers: the CPU device, or a CUDA ordinal >= 0. */
 #define SAGE_CPU (-1)
 
-enum { /* sage_tensor.dtype */
+/* sage_tensor.dtype */
+enum {
   SAGE_F32 = 0,
   SAGE_F16 = 1,
   SAGE_BF16 = 2,
-  SAGE_I8 = 3,   /* codes in [-127, 127]; -128 marks a value that was not finite */
-  SAGE_I4 = 4,   /* codes in [-7, 7], channel 2i in the low half of byte i; -8 marks a value that was not finite */
-  SAGE_E4M3 = 5  /* FP8 e4m3fn codes; 0x7f and 0xff are NaN */
+  SAGE_I8 = 3,  /* codes in [-127, 127]; -128 marks a value that was not finite */
+  SAGE_I4 = 4,  /* codes in [-7, 7], channel 2i in the low half of byte i; -8 marks a value that was not finite */
+  SAGE_E4M3 = 5 /* FP8 e4m3fn codes; 0x7f and 0xff are NaN */
 };
 
 /* A strided tensor [batch, heads, tokens, channels]. Strides count elements and may be anything that keeps
@@ -63,7 +64,8 @@ typedef struct sage_tensor {
   int64_t stride[4];
 } sage_tensor;
 
-enum { /* kernels */
+/* Kernels. */
+enum {
   SAGE_KERNEL_AUTO = 0,
   SAGE_KERNEL_FLASH = 1,      /* Q.K and P.V in the tensors' own type */
   SAGE_KERNEL_SAGE1 = 2,      /* INT8 Q.K, FP16 P.V */
@@ -73,17 +75,18 @@ enum { /* kernels */
   SAGE_KERNEL_SAGE2PP = 6     /* INT8 Q.K, FP8 P.V accumulated in FP16 */
 };
 
-enum { /* granularity: which values share one scale */
+/* Granularity: which values share one scale. */
+enum {
   SAGE_GRANULARITY_DEFAULT = 0,
-  SAGE_GRANULARITY_TOKEN = 1,   /* every row */
-  SAGE_GRANULARITY_BLOCK = 2,   /* runs of group_rows rows; default 128 for queries, 64 for keys */
-  SAGE_GRANULARITY_WARP = 3,    /* the same; default 32 for queries, 64 for keys */
-  SAGE_GRANULARITY_THREAD = 4,  /* SageAttention2, Eq. 8: queries, rows {w*W + 8i + t}, t = 0..7, W = 32;
-                                   keys, rows {b*W + 8i + 2t, +1}, t = 0..3, W = 64; W = group_rows */
-  SAGE_GRANULARITY_CHANNEL = 5  /* every channel over all tokens: values */
+  SAGE_GRANULARITY_TOKEN = 1,  /* every row */
+  SAGE_GRANULARITY_BLOCK = 2,  /* runs of group_rows rows; default 128 for queries, 64 for keys */
+  SAGE_GRANULARITY_WARP = 3,   /* the same; default 32 for queries, 64 for keys */
+  SAGE_GRANULARITY_THREAD = 4, /* SageAttention2, Eq. 8: queries, rows {w*W + 8i + t}, t = 0..7, W = 32;
+                                  keys, rows {b*W + 8i + 2t, +1}, t = 0..3, W = 64; W = group_rows */
+  SAGE_GRANULARITY_CHANNEL = 5 /* every channel over all tokens: values */
 };
 
-enum { SAGE_DEFAULT = 0, SAGE_OFF = 1, SAGE_ON = 2 };                     /* smoothing switches */
+enum { SAGE_DEFAULT = 0, SAGE_OFF = 1, SAGE_ON = 2 }; /* smoothing switches */
 enum { SAGE_ACCUMULATOR_DEFAULT = 0, SAGE_ACCUMULATOR_F32 = 1, SAGE_ACCUMULATOR_F16 = 2 };
 enum { SAGE_OPERAND_QUERY = 0, SAGE_OPERAND_KEY = 1, SAGE_OPERAND_VALUE = 2 };
 
@@ -91,9 +94,9 @@ enum { SAGE_OPERAND_QUERY = 0, SAGE_OPERAND_KEY = 1, SAGE_OPERAND_VALUE = 2 };
 enum { SAGE_RANGE_DEFAULT = 0, SAGE_RANGE_448_2 = 1, SAGE_RANGE_224_4 = 2, SAGE_RANGE_112_9 = 3 };
 
 typedef struct sage_build_info {
-  uint32_t size;          /* in: sizeof(sage_build_info) */
+  uint32_t size; /* in: sizeof(sage_build_info) */
   uint32_t abi_version;
-  int32_t cuda_version;   /* toolkit, 13000 for 13.0; 0 for a CPU-only build */
+  int32_t cuda_version; /* toolkit, 13000 for 13.0; 0 for a CPU-only build */
   uint32_t debug;
   char version[32];
   char architectures[128]; /* "80 90a", space-separated; "" for a CPU-only build */
@@ -110,7 +113,7 @@ typedef struct sage_device_info {
   uint64_t memory_bytes;
   uint64_t free_bytes;
   char name[128];
-  char features[128];         /* "sm_90a" or "avx512 vnni" */
+  char features[128]; /* "sm_90a" or "avx512 vnni" */
 } sage_device_info;
 
 typedef struct sage_memory_stats {
@@ -122,8 +125,8 @@ typedef struct sage_memory_stats {
 } sage_memory_stats;
 
 typedef struct sage_smooth_call {
-  uint32_t size;        /* in: sizeof(sage_smooth_call) */
-  uint32_t block_rows;  /* 0: one mean over all tokens (keys, values); else one for every block_rows rows (queries: 128) */
+  uint32_t size;       /* in: sizeof(sage_smooth_call) */
+  uint32_t block_rows; /* 0: one mean over all tokens; else one for every block_rows rows (queries: 128) */
   uint64_t stream;
   sage_tensor x;        /* [B, H, N, D] f32, f16 or bf16 */
   sage_tensor mean;     /* written: [B, H, 1 or ceil(N / block_rows), D] f32; rows that are not finite do not count */
@@ -133,26 +136,26 @@ typedef struct sage_smooth_call {
 /* sage_quantize reads x (and mean) and writes codes and scales; sage_dequantize reads codes, scales (and mean)
  * and writes x. The code format is codes.dtype. x is approximated by code * scale + mean. */
 typedef struct sage_quantize_call {
-  uint32_t size;        /* in: sizeof(sage_quantize_call) */
-  int32_t granularity;  /* not DEFAULT */
+  uint32_t size;       /* in: sizeof(sage_quantize_call) */
+  int32_t granularity; /* not DEFAULT */
   uint64_t stream;
-  int32_t operand;      /* sets the default group_rows and, per thread, the rows of a group */
-  uint32_t group_rows;  /* 0: the default; ignored per token and per channel */
-  uint32_t mean_rows;   /* rows that share one row of mean; 0: all */
-  float range;          /* e4m3: the code value that the largest magnitude maps to; 0: 448 */
-  sage_tensor x;        /* [B, H, N, D] f32, f16 or bf16 */
-  sage_tensor mean;     /* optional: [B, H, 1 or ceil(N / mean_rows), D] f32, subtracted first */
-  sage_tensor codes;    /* [B, H, N, D] i8, i4 or e4m3 */
-  sage_tensor scales;   /* f32: [B, H, groups, 1], or per channel [B, H, 1, D] */
+  int32_t operand;     /* sets the default group_rows and, per thread, the rows of a group */
+  uint32_t group_rows; /* 0: the default; ignored per token and per channel */
+  uint32_t mean_rows;  /* rows that share one row of mean; 0: all */
+  float range;         /* e4m3: the code value that the largest magnitude maps to; 0: 448 */
+  sage_tensor x;       /* [B, H, N, D] f32, f16 or bf16 */
+  sage_tensor mean;    /* optional: [B, H, 1 or ceil(N / mean_rows), D] f32, subtracted first */
+  sage_tensor codes;   /* [B, H, N, D] i8, i4 or e4m3 */
+  sage_tensor scales;  /* f32: [B, H, groups, 1], or per channel [B, H, 1, D] */
 } sage_quantize_call;
 
 typedef struct sage_attention_options {
   int32_t kernel;
-  int32_t causal;         /* 0 or 1; query i sees keys j <= i + (Nk - Nq), aligned to the bottom right */
-  float scale;            /* softmax scale, positive; 0: 1/sqrt(D) */
-  int32_t granularity;    /* of Q and K */
-  int32_t smooth_q;       /* subtract the mean of every 128 query rows, with its exact correction */
-  int32_t smooth_k;       /* subtract the mean over tokens */
+  int32_t causal;      /* 0 or 1; query i sees keys j <= i + (Nk - Nq), aligned to the bottom right */
+  float scale;         /* softmax scale, positive; 0: 1/sqrt(D) */
+  int32_t granularity; /* of Q and K */
+  int32_t smooth_q;    /* subtract the mean of every 128 query rows, with its exact correction */
+  int32_t smooth_k;    /* subtract the mean over tokens */
   int32_t smooth_v;
   int32_t pv_accumulator; /* sage1 */
   int32_t pv_range;       /* sage2++ */
@@ -181,7 +184,7 @@ typedef struct sage_attention_quantized_call {
   sage_attention_options options; /* kernel not AUTO and not FLASH */
   uint32_t q_group_rows;          /* as in sage_quantize_call */
   uint32_t k_group_rows;
-  uint32_t q_mean_rows;           /* rows that share one row of q_mean; 0: all */
+  uint32_t q_mean_rows; /* rows that share one row of q_mean; 0: all */
   uint32_t reserved2;
   sage_tensor q, q_scales, q_mean; /* i8 or i4; f32; optional f32 */
   sage_tensor k, k_scales, k_mean; /* k_mean is optional and only moves lse */
@@ -201,8 +204,8 @@ typedef struct sage_plan {
   int32_t block_q, block_k; /* query rows and keys of a tile */
   int32_t padded_head_dim;
   uint64_t workspace_bytes;
-  char implementation[64];  /* "cpu avx512", "sm_80 mma" */
-  char reason[256];         /* why this kernel, one sentence */
+  char implementation[64]; /* "cpu avx512", "sm_80 mma" */
+  char reason[256];        /* why this kernel, one sentence */
 } sage_plan;
 
 SAGE_API uint32_t sage_abi_version(void);

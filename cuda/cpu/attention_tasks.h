@@ -1,0 +1,460 @@
+// Attention of one tile of queries: scores, online softmax in base 2, and the sums of values, key tile by key tile.
+#pragma once
+
+#include "pack_tasks.h"
+
+namespace sage::cpu::SAGE_ISA {
+
+// ---- what differs between the kernels ---------------------------------------------------------------------
+
+enum class Rounding { kNone, kF16, kE4M3 };
+
+struct Flash {
+  static constexpr bool kIntegerScores = false, kIntegerValues = false;
+  static constexpr Rounding kProbabilities = Rounding::kNone;
+  static constexpr int kF16Sums = 0;  // else: sums are rounded to f16 after so many keys, and start anew every tile
+};
+
+struct Sage1 : Flash {
+  static constexpr bool kIntegerScores = true;
+  static constexpr Rounding kProbabilities = Rounding::kF16;
+};
+
+struct Sage1F16 : Sage1 {
+  static constexpr int kF16Sums = 16;
+};
+
+struct Sage1Int8 : Flash {
+  static constexpr bool kIntegerScores = true, kIntegerValues = true;
+};
+
+struct Sage2 : Flash {
+  static constexpr bool kIntegerScores = true;
+  static constexpr Rounding kProbabilities = Rounding::kE4M3;
+};
+
+struct Sage2PP : Sage2 {
+  static constexpr int kF16Sums = 32;
+};
+
+// ---- the register tile ------------------------------------------------------------------------------------
+
+constexpr int kTileRows = SAGE_TILE_ROWS;  // rows whose sums are held in registers at once
+constexpr int kTileVectors = 2;            // vectors of columns of the same
+
+struct Numbers {  // products of f32
+  typedef float Scalar;
+  typedef Floats Vector;
+  static SAGE_INLINE Floats add(Floats sum, float a, Floats b) { return fma(broadcast(a), b, sum); }
+};
+
+struct QueriesAndKeys {  // products of codes: keys are offset
+  typedef int32_t Scalar;
+  typedef Ints Vector;
+  static SAGE_INLINE Ints add(Ints sum, int32_t a, Ints b) { return dot(sum, b, broadcast(a)); }
+};
+
+struct ProbabilitiesAndValues {  // products of codes: probabilities are positive
+  typedef int32_t Scalar;
+  typedef Ints Vector;
+  static SAGE_INLINE Ints add(Ints sum, int32_t a, Ints b) { return dot(sum, broadcast(a), b); }
+};
+
+// sums[r][v] += a[r][k] * b[k][v] over k < depth; steps of b and rows of a are strided in elements.
+template <class Product, int kF16Sums, int kRows, int kVectors>
+SAGE_INLINE void multiply(const typename Product::Scalar* a, int64_t a_stride, const typename Product::Scalar* b,
+                          int64_t b_stride, int depth, typename Product::Vector (&sums)[kRows][kVectors]) {
+  typedef typename Product::Vector Vector;
+  for (int begin = 0; begin < depth;) {
+    const int end = kF16Sums && begin + kF16Sums < depth ? begin + kF16Sums : depth;
+    for (int k = begin; k < end; ++k) {
+      Vector columns[kVectors];
+      for (int v = 0; v < kVectors; ++v) columns[v] = load<Vector>(b + k * b_stride + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const auto x = load<typename Product::Scalar>(a + r * a_stride + k);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = Product::add(sums[r][v], x, columns[v]);
+      }
+    }
+    if constexpr (kF16Sums != 0) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = round_to_f16(sums[r][v]);
+      }
+    }
+    begin = end;
+  }
+}
+
+// ---- one tile of queries ----------------------------------------------------------------------------------
+
+template <class Recipe>
+class QueryTile {
+ public:
+  QueryTile(const Attention& a, int64_t task, int worker);
+  void run();
+
+ private:
+  using Scores = std::conditional_t<Recipe::kIntegerScores, QueriesAndKeys, Numbers>;
+  using Sums = std::conditional_t<Recipe::kIntegerValues, ProbabilitiesAndValues, Numbers>;
+  using Operand = typename Scores::Scalar;
+  using ValueOperand = typename Sums::Scalar;
+
+  void load_queries();
+  void load_query_means();
+  void correct(int64_t tile);
+  template <int kRows>
+  void attend(int64_t tile, int row);
+  template <int kRows>
+  void score(int64_t tile, int row, int keys, float (*scores)[kKeyTile]);
+  void score_bad_keys(int64_t tile, int row, int rows, float (*scores)[kKeyTile]);
+  template <int kRows>
+  void soften(int64_t tile, int row, float (*scores)[kKeyTile], float* decay);
+  template <int kRows, int kVectors>
+  void accumulate(const ValueOperand* probabilities, const ValueOperand* values, int depth, const float* decay,
+                  float* out);
+  void load_exact_query(int row, float* to) const;
+  void finish(int row);
+
+  int visible(int row, int64_t tile) const {  // keys of a tile
+    const int64_t keys = visible_[row] - tile * kKeyTile;
+    return keys < 0 ? 0 : keys > kKeyTile ? kKeyTile : int(keys);
+  }
+
+  const Attention& a_;
+  const int64_t b_, h_, kv_h_, kv_head_, begin_;
+  const int rows_, channels_, depth_, v_channels_, v_stride_;
+  const float factor_;      // of scores: the softmax scale, in base 2
+  float log2_range_;        // of probability 1
+  int64_t first_mean_ = 0;  // of the rows of q_mean that this tile needs
+  // In the scratch of the worker:
+  Operand* queries_;                // [rows, depth]
+  float* out_;                      // [rows, v_stride]: sums of values
+  float* sums_;                     // [rows, kLanes]: of probabilities
+  float* means_;                    // [rows, channels]
+  float* corrections_;              // [rows, kKeyTile]: means . keys
+  float top_[kQueryTile];           // the largest score so far
+  float row_factor_[kQueryTile];    // of integer scores
+  int32_t row_offset_[kQueryTile];  // takes off what kCodeOffset adds to a row's products
+  int64_t visible_[kQueryTile];     // keys
+  alignas(64) float k_mean_[kRowFloats], v_scales_[kRowFloats], v_mean_[kRowFloats];
+};
+
+constexpr float kInfinity = __builtin_inff();
+
+size_t scratch_bytes(const Attention& a) {
+  const int64_t floats = a.q.channels() + a.padded_v_dim() + kLanes + a.q.channels() + kKeyTile;
+  return size_t(round_up(kQueryTile * floats * 4, 64));
+}
+
+template <class Recipe>
+QueryTile<Recipe>::QueryTile(const Attention& a, int64_t task, int worker)
+    : a_(a),
+      b_(task / a.query_tiles() / a.q.heads()),
+      h_(task / a.query_tiles() % a.q.heads()),
+      kv_h_(h_ / (a.q.heads() / a.k.heads())),
+      kv_head_(b_ * a.k.heads() + kv_h_),
+      begin_((a.query_tiles() - 1 - task % a.query_tiles()) * kQueryTile),  // causal: the longest first
+      rows_(int(smaller(kQueryTile, a.q.tokens() - begin_))),
+      channels_(int(a.q.channels())),
+      depth_(Recipe::kIntegerScores ? words_of(channels_) : channels_),
+      v_channels_(int(a.v.channels())),
+      v_stride_(int(a.padded_v_dim())),
+      factor_(a.scale * kLog2e) {
+  float* scratch = reinterpret_cast<float*>(a.scratch + worker * a.scratch_bytes);
+  out_ = scratch;
+  sums_ = out_ + kQueryTile * v_stride_;
+  corrections_ = sums_ + kQueryTile * kLanes;
+  means_ = corrections_ + kQueryTile * kKeyTile;
+  queries_ = reinterpret_cast<Operand*>(means_ + kQueryTile * channels_);
+
+  if (a.k_mean) load_row(a.k_mean, b_, kv_h_, 0, 0, channels_, k_mean_);
+  for (int c = 0; c < kRowFloats; ++c) v_scales_[c] = 1.0f, v_mean_[c] = 0.0f;
+  if (a.v_scales) load_row(a.v_scales, b_, kv_h_, 0, 0, v_channels_, v_scales_);
+  if (a.v_mean) load_row(a.v_mean, b_, kv_h_, 0, 0, v_channels_, v_mean_);
+  memset(out_, 0, sizeof(float) * kQueryTile * v_stride_);
+  memset(sums_, 0, sizeof(float) * kQueryTile * kLanes);
+  for (int row = 0; row < rows_; ++row) {
+    top_[row] = -kInfinity;
+    const int64_t keys = begin_ + row + a.k.tokens() - a.q.tokens() + 1;
+    visible_[row] = !a.causal || keys > a.k.tokens() ? a.k.tokens() : keys < 0 ? 0 : keys;
+  }
+  log2_range_ = Recipe::kProbabilities == Rounding::kE4M3 ? log2f(a.p_range) : 0.0f;
+  if (!Recipe::kIntegerScores) {  // values near the end of f32: sums of them must not overflow
+    for (int64_t tile = 0; tile < a.tiles(); ++tile) {
+      if (a.value_peaks[kv_head_ * a.tiles() + tile] >= 0x1p64f) log2_range_ = -40.0f;
+    }
+  }
+}
+
+template <class Recipe>
+void QueryTile<Recipe>::run() {
+  load_queries();
+  if (a_.q_mean) load_query_means();
+  for (int64_t tile = 0; tile * kKeyTile < visible_[rows_ - 1]; ++tile) {
+    if (a_.q_mean) correct(tile);
+    int row = 0;
+    for (; row + kTileRows <= rows_; row += kTileRows) attend<kTileRows>(tile, row);
+    for (; row < rows_; ++row) attend<1>(tile, row);
+  }
+  for (int row = 0; row < rows_; ++row) finish(row);
+}
+
+template <class Recipe>
+void QueryTile<Recipe>::load_queries() {
+  for (int row = 0; row < rows_; ++row) {
+    const int64_t n = begin_ + row;
+    if constexpr (Recipe::kIntegerScores) {
+      Code* codes = reinterpret_cast<Code*>(queries_ + row * depth_);
+      const bool good = load_words(a_.q_codes, b_, h_, n, channels_, 0, codes);
+      const float scale = *at<float>(a_.q_scales, b_, h_, group_of(a_.q_grouping, n, a_.q_group_rows));
+      row_factor_[row] = good ? scale * factor_ : float_of(0x7fc00000u);
+      int32_t sum = 0;
+      for (int c = 0; c < depth_ * kCodesPerWord; ++c) sum += codes[c];
+      row_offset_[row] = -kCodeOffset * sum;
+    } else {
+      alignas(64) float values[kRowFloats];
+      load_row(a_.q, b_, h_, n, 0, channels_, values);
+      for (int c = 0; c < channels_; ++c) queries_[row * depth_ + c] = values[c] * factor_;
+    }
+  }
+}
+
+template <class Recipe>
+void QueryTile<Recipe>::load_query_means() {
+  first_mean_ = mean_row(a_.q_mean, begin_, a_.q_mean_rows);
+  const int64_t last = mean_row(a_.q_mean, begin_ + rows_ - 1, a_.q_mean_rows);
+  alignas(64) float values[kRowFloats];
+  for (int64_t row = first_mean_; row <= last; ++row) {
+    load_row(a_.q_mean, b_, h_, row, 0, channels_, values);
+    for (int c = 0; c < channels_; ++c) means_[(row - first_mean_) * channels_ + c] = values[c] * factor_;
+  }
+}
+
+// What the scores of smoothed queries lack.
+template <class Recipe>
+void QueryTile<Recipe>::correct(int64_t tile) {
+  const float* keys = a_.exact_keys + (kv_head_ * a_.tiles() + tile) * channels_ * kKeyTile;
+  const int rows = int(mean_row(a_.q_mean, begin_ + rows_ - 1, a_.q_mean_rows) - first_mean_) + 1;
+  for (int row = 0; row < rows; ++row) {
+    for (int column = 0; column < kKeyTile; column += kTileVectors * kLanes) {
+      Floats sums[1][kTileVectors] = {};
+      multiply<Numbers, 0>(means_ + row * channels_, 0, keys + column, kKeyTile, channels_, sums);
+      for (int v = 0; v < kTileVectors; ++v) store(corrections_ + row * kKeyTile + column + v * kLanes, sums[0][v]);
+    }
+  }
+}
+
+// kRows rows and one tile of keys.
+template <class Recipe>
+template <int kRows>
+void QueryTile<Recipe>::attend(int64_t tile, int row) {
+  const int keys = visible(row + kRows - 1, tile);
+  if (keys == 0) return;
+  alignas(64) float scores[kRows][kKeyTile];  // in base 2, then probabilities as the operand of P.V
+  alignas(64) float decay[kTileRows > kLanes ? kTileRows : kLanes] = {};
+  score<kRows>(tile, row, keys, scores);
+  const uint64_t bad = Recipe::kIntegerScores ? a_.bad_keys[kv_head_ * a_.tiles() + tile] : 0;
+  if (bad) score_bad_keys(tile, row, kRows, scores);
+  soften<kRows>(tile, row, scores, decay);
+
+  const auto* probabilities = reinterpret_cast<const ValueOperand*>(scores);
+  const auto* values =
+      reinterpret_cast<const ValueOperand*>(a_.value_tiles + (kv_head_ * a_.tiles() + tile) * a_.value_tile_bytes);
+  const int depth = Recipe::kIntegerValues ? words_of(keys) : keys;
+  int column = 0;
+  for (; column + kTileVectors * kLanes <= v_stride_; column += kTileVectors * kLanes) {
+    accumulate<kRows, kTileVectors>(probabilities, values + column, depth, decay, out_ + row * v_stride_ + column);
+  }
+  for (; column < v_stride_; column += kLanes) {
+    accumulate<kRows, 1>(probabilities, values + column, depth, decay, out_ + row * v_stride_ + column);
+  }
+}
+
+template <class Recipe>
+template <int kRows>
+void QueryTile<Recipe>::score(int64_t tile, int row, int keys, float (*scores)[kKeyTile]) {
+  const int64_t index = kv_head_ * a_.tiles() + tile;
+  const Operand* packed = reinterpret_cast<const Operand*>(a_.key_tiles + index * a_.key_tile_bytes);
+  for (int column = 0; column < keys; column += kTileVectors * kLanes) {
+    typename Scores::Vector sums[kRows][kTileVectors] = {};
+    if constexpr (Recipe::kIntegerScores && kCodeOffset != 0) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kTileVectors; ++v) sums[r][v] = broadcast(row_offset_[row + r]);
+      }
+    }
+    multiply<Scores, 0>(queries_ + row * depth_, depth_, packed + column, kKeyTile, depth_, sums);
+    for (int v = 0; v < kTileVectors; ++v) {
+      const int key = column + v * kLanes;
+      for (int r = 0; r < kRows; ++r) {
+        if constexpr (Recipe::kIntegerScores) {
+          const Floats scale = load<Floats>(a_.key_scales + index * kKeyTile + key);
+          const Floats products = __builtin_convertvector(sums[r][v], Floats) * scale;
+          Floats correction = {};
+          if (a_.q_mean) {
+            const int64_t mean = mean_row(a_.q_mean, begin_ + row + r, a_.q_mean_rows) - first_mean_;
+            correction = load<Floats>(corrections_ + mean * kKeyTile + key);
+          }
+          store(scores[r] + key, fma(products, broadcast(row_factor_[row + r]), correction));
+        } else {
+          store(scores[r] + key, sums[r][v]);
+        }
+      }
+    }
+  }
+}
+
+// Keys whose codes hold no number: infinite or NaN scores, from the products of what is not finite.
+template <class Recipe>
+void QueryTile<Recipe>::score_bad_keys(int64_t tile, int row, int rows, float (*scores)[kKeyTile]) {
+  const uint64_t bad = a_.bad_keys[kv_head_ * a_.tiles() + tile];
+  alignas(64) float query[kRowFloats];
+  for (int r = 0; r < rows; ++r) {
+    load_exact_query(row + r, query);
+    for (int key = 0; key < visible(row + r, tile); ++key) {
+      if (!(bad >> key & 1)) continue;
+      float score = 0.0f;
+      for (int c = 0; c < channels_; ++c) {
+        const float x = element(a_.k, b_, kv_h_, tile * kKeyTile + key, c);
+        if (!is_finite(x)) score += query[c] * x;
+      }
+      scores[r][key] = score;
+    }
+  }
+}
+
+// Scores to probabilities, relative to the largest so far; decay is what that makes of the sums before.
+template <class Recipe>
+template <int kRows>
+void QueryTile<Recipe>::soften(int64_t tile, int row, float (*scores)[kKeyTile], float* decay) {
+  constexpr int kVectors = kKeyTile / kLanes;
+  const Ints lanes = lane_numbers();
+  float base[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int keys = visible(row + r, tile);
+    Floats top = broadcast(top_[row + r]);
+    if (keys < kKeyTile) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Floats x = load<Floats>(scores[r] + v * kLanes);
+        store(scores[r] + v * kLanes, lanes + v * kLanes < keys ? x : broadcast(-kInfinity));
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) top = max(top, load<Floats>(scores[r] + v * kLanes));
+    const float new_top = largest(top);
+    const float zero = new_top == -kInfinity ? 0.0f : new_top;  // rows of scores that are all -inf
+    base[r] = zero - log2_range_;
+    decay[r] = top_[row + r] - zero;
+    top_[row + r] = new_top;
+  }
+  for (int r = 0; r < kRows; r += kLanes) store(decay + r, exp2(load<Floats>(decay + r)));
+
+  for (int r = 0; r < kRows; ++r) {
+    Floats sum = load<Floats>(sums_ + (row + r) * kLanes) * decay[r];
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats p = exp2(load<Floats>(scores[r] + v * kLanes) - base[r]);
+      sum += p;
+      if constexpr (Recipe::kIntegerValues) {
+        const Ints code = (Ints)(p * kInt8Range + 0x1.8p23f) & 0xff;
+        typedef Code Codes __attribute__((vector_size(sizeof(Code) * kLanes)));
+        store(reinterpret_cast<Code*>(scores[r]) + v * kLanes, __builtin_convertvector(code, Codes));
+      } else if constexpr (Recipe::kProbabilities == Rounding::kF16) {
+        store(scores[r] + v * kLanes, round_to_f16(p));
+      } else if constexpr (Recipe::kProbabilities == Rounding::kE4M3) {
+        store(scores[r] + v * kLanes, round_to_e4m3(p));
+      } else {
+        store(scores[r] + v * kLanes, p);
+      }
+    }
+    store(sums_ + (row + r) * kLanes, sum);
+  }
+}
+
+// out = out * decay + P.V
+template <class Recipe>
+template <int kRows, int kVectors>
+void QueryTile<Recipe>::accumulate(const ValueOperand* probabilities, const ValueOperand* values, int depth,
+                                   const float* decay, float* out) {
+  typename Sums::Vector sums[kRows][kVectors] = {};
+  multiply<Sums, Recipe::kF16Sums>(probabilities, kKeyTile, values, v_stride_, depth, sums);
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      Floats sum;
+      if constexpr (Recipe::kIntegerValues) {
+        sum = __builtin_convertvector(sums[r][v], Floats);
+      } else {
+        sum = sums[r][v];
+      }
+      float* to = out + r * v_stride_ + v * kLanes;
+      store(to, fma(load<Floats>(to), broadcast(decay[r]), sum));
+    }
+  }
+}
+
+// The query before it was smoothed and quantized, or what its codes stand for.
+template <class Recipe>
+void QueryTile<Recipe>::load_exact_query(int row, float* to) const {
+  const int64_t n = begin_ + row;
+  if (a_.q.data != a_.q_codes.data) return load_row(a_.q, b_, h_, n, 0, channels_, to);
+  load_code_values(a_.q, b_, h_, n, 0, channels_, to);
+  const float scale = *at<float>(a_.q_scales, b_, h_, group_of(a_.q_grouping, n, a_.q_group_rows));
+  alignas(64) float mean[kRowFloats] = {};
+  if (a_.q_mean) load_row(a_.q_mean, b_, h_, mean_row(a_.q_mean, n, a_.q_mean_rows), 0, channels_, mean);
+  for (int c = 0; c < channels_; ++c) to[c] = to[c] * scale + mean[c];
+}
+
+// Output and lse of one row.
+template <class Recipe>
+void QueryTile<Recipe>::finish(int row) {
+  const int64_t n = begin_ + row;
+  alignas(64) float values[kRowFloats] = {};
+  float lse = -kInfinity;
+  if (visible_[row] > 0) {
+    const float sum = total(load<Floats>(sums_ + row * kLanes));
+    const float inverse = (Recipe::kIntegerValues ? 1.0f / kInt8Range : 1.0f) / sum;
+    for (int c = 0; c < v_channels_; c += kLanes) {
+      const Floats mean_of_codes = load<Floats>(out_ + row * v_stride_ + c) * inverse;
+      store(values + c, fma(mean_of_codes, load<Floats>(v_scales_ + c), load<Floats>(v_mean_ + c)));
+    }
+    for (int64_t tile = 0; tile * kKeyTile < visible_[row]; ++tile) {
+      const uint64_t bad = a_.bad_values[kv_head_ * a_.tiles() + tile];
+      for (int key = 0; bad && key < visible(row, tile); ++key) {
+        if (!(bad >> key & 1)) continue;
+        for (int c = 0; c < v_channels_; ++c) {
+          const float x = element(a_.v, b_, kv_h_, tile * kKeyTile + key, c);
+          if (!is_finite(x)) values[c] += x;
+        }
+      }
+    }
+    lse = (top_[row] + log2f(sum) - log2_range_) * kLn2;
+    if (a_.lse && a_.k_mean) {
+      alignas(64) float query[kRowFloats];
+      load_exact_query(row, query);
+      Floats products = {};
+      for (int c = 0; c < channels_; c += kLanes) {
+        products = fma(load<Floats>(query + c), load<Floats>(k_mean_ + c), products);
+      }
+      lse += a_.scale * total(products);
+    }
+  }
+  store_row(a_.o, b_, h_, n, 0, v_channels_, values);
+  if (a_.lse) *at<float>(a_.lse, b_, h_, n) = lse;
+}
+
+template <class Recipe>
+void attend_with(const Attention& a, int64_t task, int worker) {
+  QueryTile<Recipe>(a, task, worker).run();
+}
+
+void attend(const Attention& a, int64_t task, int worker) {
+  switch (a.kernel) {
+    case Kernel::kAuto:
+    case Kernel::kFlash: return attend_with<Flash>(a, task, worker);
+    case Kernel::kSage1:
+      return a.f16_accumulator ? attend_with<Sage1F16>(a, task, worker) : attend_with<Sage1>(a, task, worker);
+    case Kernel::kSage1Int8: return attend_with<Sage1Int8>(a, task, worker);
+    case Kernel::kSage2:
+    case Kernel::kSage2Int4: return attend_with<Sage2>(a, task, worker);
+    case Kernel::kSage2PP: return attend_with<Sage2PP>(a, task, worker);
+  }
+}
+
+}  // namespace sage::cpu::SAGE_ISA

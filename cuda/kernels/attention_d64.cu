@@ -1,0 +1,9 @@
+// The sm_80 attention kernels for head dimensions up to 64.
+#include "attention_sm80.cuh"
+
+namespace sage::cuda {
+
+template void launch_flash_for<64>(const AttentionParams&, DType, int64_t, cudaStream_t);
+template void launch_sage1_for<64>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+
+}  // namespace sage::cuda

@@ -1,0 +1,77 @@
+// CUDA kernel launchers: each enqueues on a stream, checks its launch and throws Error. kernels/stream.cu strings
+// them together; views are checked tensors in device memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../ops.h"
+
+namespace sage::cuda {
+
+// Throws SAGE_DEVICE_ERROR (or SAGE_OUT_OF_MEMORY) with the CUDA error's name and description.
+void check(cudaError_t status, const char* what, const char* file, int line);
+#define SAGE_CUDA(call) ::sage::cuda::check((call), #call, __FILE__, __LINE__)
+
+// ---- mean.cu: the mean of every block_rows rows, in the order that numerics.h fixes -----------------------
+size_t mean_scratch_bytes(const View& x, int64_t block_rows);
+void launch_mean(const View& x, const View& mean, int64_t block_rows, void* scratch, cudaStream_t stream);
+void launch_subtract_mean(const View& x, const View& mean, int64_t block_rows, const View& smoothed,
+                          cudaStream_t stream);
+
+// ---- quantize.cu, dequantize.cu ----------------------------------------------------------------------------
+// `not_finite`, where it is not null, receives one bit a row, [B, H, ceil(N / 32)] words: the row holds a value
+// that is not finite. Its codes are then the marker of the format. Rows and channels of `codes` beyond x's (a
+// padded workspace) are written as 0.
+size_t quantize_scratch_bytes(const QuantizeOp& op);
+void launch_quantize(const QuantizeOp& op, uint32_t* not_finite, void* scratch, cudaStream_t stream);
+void launch_dequantize(const QuantizeOp& op, cudaStream_t stream);
+// The same bits from INT8 codes that somebody else made.
+void launch_find_not_finite(const View& codes, uint32_t* not_finite, cudaStream_t stream);
+
+// ---- values.cu: V as the FP16 P.V product takes it --------------------------------------------------------
+// v16 [B, H, N, >= Dv] = (v - mean) / scale, scale a power of two per channel with |v16| <= largest; values that
+// are not finite stay so. Padding channels are written as 0. `mean` may be absent.
+size_t values_scratch_bytes(const View& v);
+void launch_values(const View& v, const View& mean, float largest, const View& v16, const View& scales, void* scratch,
+                   cudaStream_t stream);
+
+// ---- attention.cu -----------------------------------------------------------------------------------------
+void launch_flash(const AttentionOp& op, cudaStream_t stream);
+// Quantized operands in the kernel's own layout, made by stream.cu with the launchers above.
+struct Sage1Op {
+  View q_raw, k_raw;  // what the codes were made of; absent where nobody knows
+  View q, k;          // INT8, channels padded with zeros to plan.padded_head_dim
+  const uint32_t* q_not_finite;
+  const uint32_t* k_not_finite;
+  View q_scales, k_scales;  // f32 [B, H, groups, 1]
+  View delta;  // absent, or f32 [B, Hq, ceil(Nq / delta_rows), Nk]: (rows subtracted from Q) . K^T, not yet times scale
+  int64_t delta_rows;
+  View v;                 // f16 or bf16
+  View v_scales, v_mean;  // f32 [B, H, 1, Dv] or absent
+  View o, lse;
+  View lse_shift;  // absent, or f32 [B, Hq, Nq, 1]: added to lse (natural logarithm): scale * q . k_mean
+  bool causal;
+  float scale;
+  Plan plan;
+};
+void launch_sage1(const Sage1Op& op, cudaStream_t stream);
+
+// ---- row_products.cu: the corrections of smoothed queries and of lse, in f32 ---------------------------------
+// Rows x * scale + mean or x * scale - mean: numbers, or INT8 codes with the scales of their groups.
+struct ProductOperand {
+  View x;
+  View scales;  // absent, or f32 [B, H, groups, 1]
+  Grouping grouping;
+  int64_t group_rows;
+  View mean;  // absent, or f32 [B, H, ceil(N / mean_rows), D]
+  int64_t mean_rows;
+  bool add_mean;  // else subtract
+};
+// out[b, h, i, j] = factor * rows[b, h, i, :] . columns[b, h / group, j, :], out f32 [B, Hq, rows, columns].
+void launch_row_products(const ProductOperand& rows, const ProductOperand& columns, float factor, const View& out,
+                         cudaStream_t stream);
+
+// ---- pack.cu: f32 or INT8, copied; rows and channels of `to` beyond those of `from` are zeros -----------------
+void launch_pack(const View& from, const View& to, cudaStream_t stream);
+
+}  // namespace sage::cuda

@@ -1,0 +1,188 @@
+// Quantization with scales of groups of rows: one block reads the rows of whole groups, keeps them in registers while
+// it finds their largest magnitudes, and writes codes and scales.
+#include "encode.cuh"
+#include "quantize_channels.h"
+#include "workspace.h"
+
+namespace sage::cuda {
+namespace {
+
+constexpr int kRows = 8;  // of one thread
+
+struct GroupArguments {
+  Tensor x, codes, scales;
+  Means means;
+  float range;
+  int64_t heads;
+  int64_t spans;       // runs of rows that one block owns, of one head
+  int64_t span_rows;   // of whole groups
+  int span_groups;
+  uint32_t run_inverse;  // of group_rows, as in Runs; 0 where a span is one run
+  int row_shift;       // as in Groups
+  uint32_t* not_finite;  // or null
+  int64_t words;       // of one head
+};
+
+// Blocks run from the last rows to the first: their mean was taken in the other direction, and the cache knows the
+// end. A span of more rows than the block holds is read twice.
+template <DType kType, DType kCode>
+__global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
+    quantize_groups_kernel(GroupArguments a, int64_t last) {
+  const int lane = threadIdx.y, step = blockDim.y, octets = blockDim.x, channel = threadIdx.x * 8;
+  const int thread = lane * octets + threadIdx.x, threads = octets * step, tile_rows = kRows * step;
+  const int64_t item = last - blockIdx.x, span = item % a.spans, plane = item / a.spans;
+  const Plane where{plane / a.heads, plane % a.heads};
+  const int64_t first_row = span * a.span_rows, end_row = min(first_row + a.span_rows, a.codes.tokens);
+  extern __shared__ uint32_t group_values[];  // [span_groups] largest magnitudes, then inverse scales; [words of a span]
+  uint32_t* const bad_words = group_values + a.span_groups;
+  const int span_words = a.not_finite != nullptr ? static_cast<int>(a.span_rows / 32) : 0;
+  for (int i = thread; i < a.span_groups + span_words; i += threads) group_values[i] = 0;
+  __syncthreads();
+
+  const char* const from = plane_of(a.x, where);
+  Octet<kType> raw[kRows];
+  uint32_t bad_rows = 0;  // bit i: a value of raw[i] is not finite
+  float largest[kRows];
+  MeanOctet mean(a.means, where, first_row, channel);
+  const auto value = [&](int i, int local, float (&x)[8]) {
+    mean.seek(local);
+    unpack(raw[i], x);
+#pragma unroll
+    for (int j = 0; j < 8; j++) x[j] -= mean[j];
+  };
+  const auto group = [&](int64_t base, int local) {
+    const int run = __umulhi(2 * local, a.run_inverse), low = (static_cast<int>(base) + local) & 7;
+    return (run << (3 - a.row_shift)) + (low >> a.row_shift);
+  };
+  const auto load = [&](int64_t base) {
+    mean = MeanOctet(a.means, where, base, channel);
+    load_rows(raw, a.x, from, base + lane, step, min(end_row, a.x.tokens), channel);
+    const int rows = static_cast<int>(min(min(end_row, a.x.tokens) - base, int64_t{tile_rows}));
+    bad_rows = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; i++) {
+      largest[i] = 0.0f;
+      const int local = lane + i * step;
+      if (local >= rows) continue;
+      float x[8];
+      value(i, local, x);
+#pragma unroll
+      for (int j = 0; j < 8; j++) largest[i] = magnitude(largest[i], x[j]);
+      if (!(largest[i] < INFINITY)) {
+        bad_rows |= 1u << i;
+        largest[i] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) largest[i] = is_finite(x[j]) ? magnitude(largest[i], x[j]) : largest[i];
+      }
+    }
+  };
+
+#pragma unroll 1
+  for (int64_t base = first_row; base < end_row; base += tile_rows) {
+    load(base);
+    for (int offset = octets / 2; offset > 0; offset /= 2) {
+#pragma unroll
+      for (int i = 0; i < kRows; i++) largest[i] = fmaxf(largest[i], __shfl_xor_sync(~0u, largest[i], offset));
+    }
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < kRows; i++) {
+        if (largest[i] > 0.0f) atomicMax(&group_values[group(base, lane + i * step)], bits_of(largest[i]));
+      }
+    }
+    if (span_words > 0 && bad_rows != 0) {
+#pragma unroll
+      for (int i = 0; i < kRows; i++) {
+        const int local = lane + i * step;
+        if (bad_rows >> i & 1) atomicOr(&bad_words[local / 32], 1u << local % 32);
+      }
+    }
+  }
+  __syncthreads();
+
+  char* const scales = plane_of(a.scales, where);
+  for (int i = thread; i < a.span_groups; i += threads) {
+    const Scale scale = make_scale(float_of(group_values[i]), a.range);
+    const int64_t index = span * a.span_groups + i;
+    if (index < a.scales.tokens) float_at(a.scales, scales, index, 0) = scale.scale;
+    group_values[i] = bits_of(scale.inverse);
+  }
+  for (int i = thread; i < span_words; i += threads) {
+    const int64_t word = first_row / 32 + i;
+    if (word < a.words) a.not_finite[plane * a.words + word] = bad_words[i];
+  }
+  __syncthreads();
+
+  char* const to = plane_of(a.codes, where);
+#pragma unroll 1
+  for (int64_t base = first_row; base < end_row; base += tile_rows) {
+    if (end_row - first_row > tile_rows) load(base);
+    const int rows = static_cast<int>(min(end_row - base, int64_t{tile_rows}));
+    const int known_rows = static_cast<int>(min(a.x.tokens - base, int64_t{tile_rows}));
+#pragma unroll
+    for (int i = 0; i < kRows; i++) {
+      const int local = lane + i * step;
+      if (local >= rows) break;
+      Octet<kCode> code = {};
+      if (local < known_rows) {
+        const float inverse = float_of(group_values[group(base, local)]);
+        float x[8];
+        value(i, local, x);
+        const auto same = [&](int) { return inverse; };
+        code = bad_rows >> i & 1 ? encode_any<kCode>(x, same) : encode_finite<kCode>(x, same);
+      }
+      store_octet(code, a.codes, to, base + local, channel);
+    }
+  }
+}
+
+void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStream_t stream) {
+  const Groups groups = make_groups(op.grouping, op.group_rows);
+  const dim3 block = block_of(op.codes.channels());
+  const int64_t tile_rows = kRows * block.y, run_rows = groups.runs.rows;
+  const int64_t runs = run_rows < tile_rows ? tile_rows / run_rows : 1;
+
+  GroupArguments a{};
+  a.x = make_tensor(op.x);
+  a.codes = make_tensor(op.codes);
+  a.scales = make_tensor(op.scales);
+  a.means = make_means(op.mean, op.mean_rows);
+  a.range = op.range;
+  a.heads = op.x.heads();
+  a.span_rows = runs * run_rows;
+  a.spans = (op.codes.tokens() + a.span_rows - 1) / a.span_rows;
+  a.span_groups = static_cast<int>(runs * groups.a_run());
+  a.run_inverse = runs > 1 ? groups.runs.inverse : 0;
+  a.row_shift = groups.row_shift;
+  a.not_finite = not_finite;
+  a.words = (op.x.tokens() + 31) / 32;
+  size_t shared = a.span_groups * sizeof(uint32_t);
+  if (not_finite != nullptr) {
+    if (a.span_rows % 32 != 0 || a.span_rows > tile_rows) {
+      SAGE_FAIL(SAGE_INTERNAL, "Cannot mark the rows of groups of " + std::to_string(run_rows) + " rows");
+    }
+    shared += a.span_rows / 32 * sizeof(uint32_t);
+  }
+  const int64_t items = op.x.batch() * op.x.heads() * a.spans;
+  for_float_type(op.x.dtype, [&](auto type) {
+    for_code_type(op.codes.dtype, [&](auto code) {
+      launch_items(items, [&](int64_t first, unsigned blocks) {
+        quantize_groups_kernel<decltype(type)::value, decltype(code)::value>
+            <<<blocks, block, shared, stream>>>(a, items - 1 - first);
+      });
+    });
+  });
+}
+
+}  // namespace
+
+size_t quantize_scratch_bytes(const QuantizeOp& op) {
+  return op.per_channel ? column_scratch_bytes(op.x.batch() * op.x.heads(), op.x.channels()) : 0;
+}
+
+void launch_quantize(const QuantizeOp& op, uint32_t* not_finite, void* scratch, cudaStream_t stream) {
+  if (op.per_channel) return launch_quantize_channels(op, static_cast<uint32_t*>(scratch), stream);
+  launch_quantize_groups(op, not_finite, stream);
+}
+
+}  // namespace sage::cuda

@@ -1,0 +1,412 @@
+// The CUDA device's streams: memory in stream order from the device's pool, and operations as runs of launches.
+#include "device.h"
+#include "workspace.h"
+
+namespace sage {
+namespace cuda {
+namespace {
+
+// ---- views of workspace -----------------------------------------------------------------------------------------
+
+// A contiguous tensor [batch, heads, tokens, channels].
+View dense(void* data, DType dtype, int64_t batch, int64_t heads, int64_t tokens, int64_t channels) {
+  View view;
+  view.data = data;
+  view.dtype = dtype;
+  const int64_t shape[4] = {batch, heads, tokens, channels};
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; i--) {
+    view.shape[i] = shape[i];
+    view.stride[i] = stride;
+    stride *= shape[i];
+  }
+  return view;
+}
+
+bool is_dense(const View& view) {
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; i--) {
+    if (view.shape[i] != 1 && view.stride[i] != stride) return false;
+    stride *= view.shape[i];
+  }
+  return true;
+}
+
+// Rows that the attention kernels can copy 16 bytes at a time.
+bool has_aligned_rows(const View& codes) {
+  for (int i = 0; i < 3; i++) {
+    if (codes.shape[i] != 1 && codes.stride[i] % 16 != 0) return false;
+  }
+  return codes.stride[3] == 1 && reinterpret_cast<uintptr_t>(codes.data) % 16 == 0;
+}
+
+AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, bool causal) {
+  return {q.batch(),    q.heads(),    k.heads(), q.tokens(), k.tokens(),
+          q.channels(), v.channels(), q.dtype,   o.dtype,    causal};
+}
+
+// What V may grow to in FP16: with FP32 sums a power of two that FP16 holds; with FP16 sums of one key tile, whose
+// weights are at most 1, small enough that rounding up cannot overflow them.
+float largest_value(const Plan& plan) { return plan.f16_accumulator ? 60000.0f / plan.block_k : 32768.0f; }
+
+class CudaEvent final : public Event {
+ public:
+  explicit CudaEvent(Device& device) : device_(device) {
+    enter(device_);
+    SAGE_CUDA(cudaEventCreate(&event_));
+  }
+  ~CudaEvent() override {
+    cudaSetDevice(device_.ordinal);
+    cudaEventDestroy(event_);
+    cudaGetLastError();
+  }
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  Device& device_;
+  cudaEvent_t event_;
+};
+
+class CudaStream final : public Stream {
+ public:
+  explicit CudaStream(Device& device) : device_(device) {
+    enter(device_);
+    SAGE_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    device_.streams++;
+  }
+
+  ~CudaStream() override {
+    cudaSetDevice(device_.ordinal);
+    cudaStreamSynchronize(stream_);
+    cudaStreamDestroy(stream_);
+    if (--device_.streams == 0) cudaMemPoolTrimTo(device_.pool, 0);
+    cudaGetLastError();
+  }
+
+  // ---- memory ---------------------------------------------------------------------------------------------------
+
+  void* allocate(size_t bytes) override {
+    enter(device_);
+    void* address = nullptr;
+    if (bytes > device_.total_bytes) fail_out_of_memory(bytes);
+    cudaError_t status = cudaMallocFromPoolAsync(&address, bytes, device_.pool, stream_);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      reclaim();
+      status = cudaMallocFromPoolAsync(&address, bytes, device_.pool, stream_);
+    }
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      fail_out_of_memory(bytes);
+    }
+    check(status, "cudaMallocFromPoolAsync", __FILE__, __LINE__);
+    return address;
+  }
+
+  void release(void* address) noexcept override {
+    if (address == nullptr) return;
+    cudaSetDevice(device_.ordinal);
+    cudaFreeAsync(address, stream_);
+    cudaGetLastError();
+  }
+
+  void write(void* to, const void* from, size_t bytes) override {
+    enter(device_);
+    cudaPointerAttributes attributes{};
+    SAGE_CUDA(cudaPointerGetAttributes(&attributes, from));
+    SAGE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_));
+    // Pageable memory was copied when the call returns; memory that CUDA knows is still being read.
+    if (attributes.type != cudaMemoryTypeUnregistered) SAGE_CUDA(cudaStreamSynchronize(stream_));
+  }
+
+  void read(void* to, const void* from, size_t bytes) override {
+    enter(device_);
+    SAGE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_));
+    SAGE_CUDA(cudaStreamSynchronize(stream_));
+  }
+
+  void copy(void* to, const void* from, size_t bytes) override {
+    enter(device_);
+    SAGE_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
+  }
+
+  void fill(void* to, uint8_t value, size_t bytes) override {
+    enter(device_);
+    SAGE_CUDA(cudaMemsetAsync(to, value, bytes, stream_));
+  }
+
+  // ---- waiting --------------------------------------------------------------------------------------------------
+
+  void synchronize() override {
+    enter(device_);
+    SAGE_CUDA(cudaStreamSynchronize(stream_));
+  }
+
+  bool idle() override {
+    enter(device_);
+    const cudaError_t status = cudaStreamQuery(stream_);
+    if (status != cudaErrorNotReady) {
+      check(status, "cudaStreamQuery", __FILE__, __LINE__);
+      return true;
+    }
+    cudaGetLastError();
+    return false;
+  }
+
+  std::unique_ptr<Event> create_event() override { return std::make_unique<CudaEvent>(device_); }
+
+  void record(Event& event) override {
+    enter(device_);
+    SAGE_CUDA(cudaEventRecord(static_cast<CudaEvent&>(event).get(), stream_));
+  }
+
+  float elapsed_ms(Event& begin, Event& end) override {
+    enter(device_);
+    const cudaEvent_t first = static_cast<CudaEvent&>(begin).get(), last = static_cast<CudaEvent&>(end).get();
+    SAGE_CUDA(cudaEventSynchronize(first));
+    SAGE_CUDA(cudaEventSynchronize(last));
+    float milliseconds = 0.0f;
+    SAGE_CUDA(cudaEventElapsedTime(&milliseconds, first, last));
+    return milliseconds;
+  }
+
+  // ---- operations -----------------------------------------------------------------------------------------------
+
+  void smooth(const SmoothOp& op) override {
+    enter(device_);
+    const Workspace scratch(*this, mean_scratch_bytes(op.x, op.block_rows));
+    launch_mean(op.x, op.mean, op.block_rows, scratch.at(0), stream_);
+    if (op.smoothed) launch_subtract_mean(op.x, op.mean, op.block_rows, op.smoothed, stream_);
+  }
+
+  void quantize(const QuantizeOp& op) override {
+    enter(device_);
+    const Workspace scratch(*this, quantize_scratch_bytes(op));
+    launch_quantize(op, nullptr, scratch.at(0), stream_);
+  }
+
+  void dequantize(const QuantizeOp& op) override {
+    enter(device_);
+    launch_dequantize(op, stream_);
+  }
+
+  void attention(const AttentionOp& op) override {
+    enter(device_);
+    if (op.plan.kernel == Kernel::kFlash) return launch_flash(op, stream_);
+    expect_sage1(op.plan);
+    const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
+    const Sage1Workspace layout(shape, op.plan);
+    expect_planned(layout.bytes, op.plan);
+    const Workspace memory(*this, layout.bytes);
+    run_sage1(op, layout, memory);
+  }
+
+  void attention_quantized(const QuantizedAttentionOp& op) override {
+    enter(device_);
+    expect_sage1(op.plan);
+    Sage1QuantizedNeeds needs;
+    needs.pack_q = op.q.channels() != op.plan.padded_head_dim || !has_aligned_rows(op.q);
+    needs.pack_k = op.k.channels() != op.plan.padded_head_dim || !has_aligned_rows(op.k);
+    needs.pack_q_scales = !is_dense(op.q_scales);
+    needs.pack_k_scales = !is_dense(op.k_scales);
+    needs.pack_v_mean = op.v_mean && !is_dense(op.v_mean);
+    needs.delta = static_cast<bool>(op.q_mean);
+    needs.delta_rows = op.q_mean.tokens() > 1 ? op.q_mean_rows : op.q.tokens();
+    needs.lse_shift = op.lse && op.k_mean;
+    needs.convert_v = op.v.dtype != DType::kF16 || op.plan.f16_accumulator;
+    const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
+    const Sage1QuantizedWorkspace layout(shape, op.plan, needs);
+    const Workspace memory(*this, layout.bytes);
+    run_sage1_quantized(op, needs, layout, memory);
+  }
+
+ private:
+  // Temporary memory in stream order: later work may reuse it as soon as the launches so far are done.
+  class Workspace {
+   public:
+    Workspace(CudaStream& stream, size_t bytes)
+        : stream_(stream), base_(bytes == 0 ? nullptr : static_cast<char*>(stream.allocate(bytes))) {}
+    ~Workspace() { stream_.release(base_); }
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+
+    void* at(size_t offset) const { return base_ + offset; }
+    uint32_t* words_at(size_t offset) const { return static_cast<uint32_t*>(at(offset)); }
+
+   private:
+    CudaStream& stream_;
+    char* base_;
+  };
+
+  // Gives back what the pool holds for later; a capture, whose memory belongs to its graph, must not wait.
+  void reclaim() {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    SAGE_CUDA(cudaStreamIsCapturing(stream_, &capture));
+    if (capture != cudaStreamCaptureStatusNone) return;
+    SAGE_CUDA(cudaStreamSynchronize(stream_));
+    SAGE_CUDA(cudaMemPoolTrimTo(device_.pool, 0));
+  }
+
+  [[noreturn]] void fail_out_of_memory(size_t bytes) {
+    size_t free_bytes = 0, total_bytes = 0;
+    cudaMemGetInfo(&free_bytes, &total_bytes);
+    cudaGetLastError();
+    SAGE_FAIL(SAGE_OUT_OF_MEMORY, "Cannot allocate " + std::to_string(bytes) + " bytes on " + name_of(device_) + ": " +
+                                      std::to_string(free_bytes) + " of its " + std::to_string(total_bytes) +
+                                      " bytes are free.");
+  }
+
+  static void expect_sage1(const Plan& plan) {
+    if (plan.kernel == Kernel::kSage1) return;
+    SAGE_FAIL(SAGE_INTERNAL, "Cannot run a plan for kernel " + std::to_string(static_cast<int>(plan.kernel)) + ".");
+  }
+
+  static void expect_planned(size_t bytes, const Plan& plan) {
+    if (bytes == plan.workspace_bytes) return;
+    SAGE_FAIL(SAGE_INTERNAL, "Cannot run a plan of " + std::to_string(plan.workspace_bytes) +
+                                 " workspace bytes: the kernels need " + std::to_string(bytes) + ".");
+  }
+
+  // Codes of rows as the attention kernel takes them.
+  void quantize_rows(const View& x, const View& mean, int64_t mean_rows, Grouping grouping, int64_t group_rows,
+                     const View& codes, const View& scales, uint32_t* not_finite) {
+    QuantizeOp op{};
+    op.x = x;
+    op.mean = mean;
+    op.codes = codes;
+    op.scales = scales;
+    op.grouping = grouping;
+    op.group_rows = group_rows;
+    op.mean_rows = mean_rows;
+    op.range = kInt8Range;
+    launch_quantize(op, not_finite, nullptr, stream_);
+  }
+
+  // V in FP16 with the scales of its channels.
+  void convert_values(const View& v, const View& mean, int64_t padded_v_dim, const Plan& plan, void* to, void* scales,
+                      void* scratch, Sage1Op& run) {
+    View v16 = dense(to, DType::kF16, v.batch(), v.heads(), v.tokens(), padded_v_dim);
+    run.v_scales = dense(scales, DType::kF32, v.batch(), v.heads(), 1, v.channels());
+    launch_values(v, mean, largest_value(plan), v16, run.v_scales, scratch, stream_);
+    v16.shape[3] = v.channels();
+    run.v = v16;
+  }
+
+  void run_sage1(const AttentionOp& op, const Sage1Workspace& layout, const Workspace& memory) {
+    const Plan& plan = op.plan;
+    const int64_t batch = op.q.batch(), q_heads = op.q.heads(), k_heads = op.k.heads();
+    const int64_t nq = op.q.tokens(), nk = op.k.tokens(), d = op.q.channels(), dv = op.v.channels();
+    View q_mean, k_mean, v_mean;
+    if (plan.smooth_q) {
+      q_mean = dense(memory.at(layout.q_mean), DType::kF32, batch, q_heads, layout.q_means, d);
+      launch_mean(op.q, q_mean, kQueryMeanRows, nullptr, stream_);
+    }
+    if (plan.smooth_k) {
+      k_mean = dense(memory.at(layout.k_mean), DType::kF32, batch, k_heads, 1, d);
+      launch_mean(op.k, k_mean, nk, memory.at(layout.scratch), stream_);
+    }
+    if (plan.smooth_v) {
+      v_mean = dense(memory.at(layout.v_mean), DType::kF32, batch, k_heads, 1, dv);
+      launch_mean(op.v, v_mean, nk, memory.at(layout.scratch), stream_);
+    }
+
+    Sage1Op run{};
+    run.q_raw = op.q;
+    run.k_raw = op.k;
+    run.q = dense(memory.at(layout.q_codes), DType::kI8, batch, q_heads, nq, plan.padded_head_dim);
+    run.k = dense(memory.at(layout.k_codes), DType::kI8, batch, k_heads, nk, plan.padded_head_dim);
+    run.q_scales = dense(memory.at(layout.q_scales), DType::kF32, batch, q_heads, layout.q_groups, 1);
+    run.k_scales = dense(memory.at(layout.k_scales), DType::kF32, batch, k_heads, layout.k_groups, 1);
+    run.q_not_finite = memory.words_at(layout.q_not_finite);
+    run.k_not_finite = memory.words_at(layout.k_not_finite);
+    quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, run.q, run.q_scales,
+                  memory.words_at(layout.q_not_finite));
+    quantize_rows(op.k, k_mean, nk, plan.k_grouping, plan.k_group_rows, run.k, run.k_scales,
+                  memory.words_at(layout.k_not_finite));
+
+    const ProductOperand keys_less_mean{op.k, {}, Grouping::kToken, 1, k_mean, nk, false};
+    if (plan.smooth_q) {
+      run.delta = dense(memory.at(layout.delta), DType::kF32, batch, q_heads, layout.q_means, nk);
+      run.delta_rows = kQueryMeanRows;
+      launch_row_products({q_mean, {}, Grouping::kToken, 1, {}, 1, false}, keys_less_mean, 1.0f, run.delta, stream_);
+    }
+    if (plan.smooth_k && op.lse) {
+      run.lse_shift = dense(memory.at(layout.lse_shift), DType::kF32, batch, q_heads, nq, 1);
+      launch_row_products({op.q, {}, Grouping::kToken, 1, {}, 1, false}, {k_mean, {}, Grouping::kToken, 1, {}, 1, false},
+                          op.scale, run.lse_shift, stream_);
+    }
+
+    run.v = op.v;
+    run.v_mean = v_mean;
+    if (layout.convert_v) {
+      convert_values(op.v, v_mean, layout.padded_v_dim, plan, memory.at(layout.v), memory.at(layout.v_scales),
+                     memory.at(layout.scratch), run);
+    }
+    run.o = op.o;
+    run.lse = op.lse;
+    run.causal = op.causal;
+    run.scale = op.scale;
+    run.plan = plan;
+    launch_sage1(run, stream_);
+  }
+
+  // The tensor itself, or its copy in the workspace.
+  View packed(bool needed, const View& from, int64_t channels, void* to) {
+    if (!needed) return from;
+    const View copy = dense(to, from.dtype, from.batch(), from.heads(), from.tokens(), channels);
+    launch_pack(from, copy, stream_);
+    return copy;
+  }
+
+  void run_sage1_quantized(const QuantizedAttentionOp& op, const Sage1QuantizedNeeds& needs,
+                           const Sage1QuantizedWorkspace& layout, const Workspace& memory) {
+    const Plan& plan = op.plan;
+    const int64_t batch = op.q.batch(), q_heads = op.q.heads(), nq = op.q.tokens(), nk = op.k.tokens();
+    Sage1Op run{};
+    run.q = packed(needs.pack_q, op.q, plan.padded_head_dim, memory.at(layout.q_codes));
+    run.k = packed(needs.pack_k, op.k, plan.padded_head_dim, memory.at(layout.k_codes));
+    run.q_scales = packed(needs.pack_q_scales, op.q_scales, 1, memory.at(layout.q_scales));
+    run.k_scales = packed(needs.pack_k_scales, op.k_scales, 1, memory.at(layout.k_scales));
+    run.v_mean = packed(needs.pack_v_mean, op.v_mean, op.v.channels(), memory.at(layout.v_mean));
+    run.q_not_finite = memory.words_at(layout.q_not_finite);
+    run.k_not_finite = memory.words_at(layout.k_not_finite);
+    launch_find_not_finite(op.q, memory.words_at(layout.q_not_finite), stream_);
+    launch_find_not_finite(op.k, memory.words_at(layout.k_not_finite), stream_);
+
+    if (needs.delta) {
+      run.delta = dense(memory.at(layout.delta), DType::kF32, batch, q_heads, layout.deltas, nk);
+      run.delta_rows = needs.delta_rows;
+      launch_row_products({op.q_mean, {}, Grouping::kToken, 1, {}, 1, false},
+                          {op.k, op.k_scales, plan.k_grouping, plan.k_group_rows, {}, 1, false}, 1.0f, run.delta, stream_);
+    }
+    if (needs.lse_shift) {
+      run.lse_shift = dense(memory.at(layout.lse_shift), DType::kF32, batch, q_heads, nq, 1);
+      launch_row_products({op.q, op.q_scales, plan.q_grouping, plan.q_group_rows, op.q_mean, op.q_mean_rows, true},
+                          {op.k_mean, {}, Grouping::kToken, 1, {}, 1, false}, op.scale, run.lse_shift, stream_);
+    }
+
+    run.v = op.v;
+    if (needs.convert_v) {
+      convert_values(op.v, {}, layout.padded_v_dim, plan, memory.at(layout.v), memory.at(layout.v_scales),
+                     memory.at(layout.scratch), run);
+    }
+    run.o = op.o;
+    run.lse = op.lse;
+    run.causal = op.causal;
+    run.scale = op.scale;
+    run.plan = plan;
+    launch_sage1(run, stream_);
+  }
+
+  Device& device_;
+  cudaStream_t stream_;
+};
+
+}  // namespace
+}  // namespace cuda
+
+std::unique_ptr<Stream> open_cuda_stream(int ordinal) {
+  return std::make_unique<cuda::CudaStream>(cuda::open_device(ordinal));
+}
+
+}  // namespace sage

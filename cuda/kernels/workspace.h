@@ -1,0 +1,124 @@
+// Where the intermediate tensors of a CUDA call lie in its workspace. Host-only and pure: plans use it too.
+#pragma once
+
+#include "../ops.h"
+
+namespace sage::cuda {
+
+// Partial sums and counts of launch_mean; none where every mean has a single chunk.
+inline size_t mean_scratch_bytes(int64_t planes, int64_t tokens, int64_t channels, int64_t block_rows) {
+  if (block_rows > tokens) block_rows = tokens;
+  if (block_rows <= kChunkRows) return 0;
+  const int64_t means = (tokens + block_rows - 1) / block_rows, chunks = (block_rows + kChunkRows - 1) / kChunkRows;
+  return static_cast<size_t>(planes * means * chunks * channels) * (sizeof(float) + 1);
+}
+
+// Largest magnitudes of columns.
+inline size_t column_scratch_bytes(int64_t planes, int64_t channels) {
+  return static_cast<size_t>(planes * channels) * sizeof(float);
+}
+
+// Hands out consecutive ranges on 256-byte boundaries.
+class Carver {
+ public:
+  size_t take(int64_t elements, size_t element_bytes) {
+    const size_t at = bytes_;
+    bytes_ = (bytes_ + static_cast<size_t>(elements) * element_bytes + 255) / 256 * 256;
+    return at;
+  }
+  size_t take_if(bool needed, int64_t elements, size_t element_bytes) {
+    return take(needed ? elements : 0, element_bytes);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  size_t bytes_ = 0;
+};
+
+// Offsets for sage1 from f32, f16 or bf16 tensors; what a call does not need takes no room.
+struct Sage1Workspace {
+  size_t q_mean, k_mean, v_mean;      // f32
+  size_t q_codes, k_codes;            // INT8 [B, H, N, padded_head_dim]
+  size_t q_scales, k_scales;          // f32 [B, H, groups, 1]
+  size_t q_not_finite, k_not_finite;  // words of 32 rows
+  size_t delta;                       // f32 [B, Hq, ceil(Nq / 128), Nk]
+  size_t lse_shift;                   // f32 [B, Hq, Nq, 1]
+  size_t v, v_scales;                 // f16 [B, Hkv, Nk, padded_v_dim], f32 [B, Hkv, 1, Dv]
+  size_t scratch;                     // of one step at a time
+  size_t bytes;                       // of all
+  bool convert_v;                     // else V is used as it is
+  int64_t q_means, q_groups, k_groups, padded_v_dim;
+
+  Sage1Workspace(const AttentionShape& shape, const Plan& plan) {
+    const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
+    const int64_t nq = shape.q_tokens, nk = shape.k_tokens, d = shape.head_dim, dv = shape.v_dim;
+    q_means = (nq + kQueryMeanRows - 1) / kQueryMeanRows;
+    q_groups = group_count(plan.q_grouping, nq, plan.q_group_rows);
+    k_groups = group_count(plan.k_grouping, nk, plan.k_group_rows);
+    padded_v_dim = (dv + 7) / 8 * 8;
+    convert_v = shape.dtype != DType::kF16 || plan.f16_accumulator || plan.smooth_v;
+
+    Carver carver;
+    q_mean = carver.take_if(plan.smooth_q, q_planes * q_means * d, 4);
+    k_mean = carver.take_if(plan.smooth_k, k_planes * d, 4);
+    v_mean = carver.take_if(plan.smooth_v, k_planes * dv, 4);
+    q_codes = carver.take(q_planes * nq * plan.padded_head_dim, 1);
+    k_codes = carver.take(k_planes * nk * plan.padded_head_dim, 1);
+    q_scales = carver.take(q_planes * q_groups, 4);
+    k_scales = carver.take(k_planes * k_groups, 4);
+    q_not_finite = carver.take(q_planes * ((nq + 31) / 32), 4);
+    k_not_finite = carver.take(k_planes * ((nk + 31) / 32), 4);
+    delta = carver.take_if(plan.smooth_q, q_planes * q_means * nk, 4);
+    lse_shift = carver.take_if(plan.smooth_k, q_planes * nq, 4);
+    v = carver.take_if(convert_v, k_planes * nk * padded_v_dim, 2);
+    v_scales = carver.take_if(convert_v, k_planes * dv, 4);
+
+    size_t step = 0;
+    const auto at_least = [&](bool needed, size_t more) { step = needed && more > step ? more : step; };
+    at_least(plan.smooth_k, mean_scratch_bytes(k_planes, nk, d, nk));
+    at_least(plan.smooth_v, mean_scratch_bytes(k_planes, nk, dv, nk));
+    at_least(convert_v, column_scratch_bytes(k_planes, dv));
+    scratch = carver.take(static_cast<int64_t>(step), 1);
+    bytes = carver.bytes();
+  }
+};
+
+// What a sage1 call on codes may need; a plan, made before it is known, allows for everything.
+struct Sage1QuantizedNeeds {
+  bool pack_q = true, pack_k = true, pack_q_scales = true, pack_k_scales = true, pack_v_mean = true;
+  bool delta = true, lse_shift = true, convert_v = true;
+  int64_t delta_rows = kQueryMeanRows;
+};
+
+// Offsets for sage1 from INT8 codes.
+struct Sage1QuantizedWorkspace {
+  size_t q_codes, k_codes, q_scales, k_scales, q_not_finite, k_not_finite;  // as in Sage1Workspace
+  size_t delta, lse_shift, v, v_scales, v_mean, scratch, bytes;
+  int64_t deltas, q_groups, k_groups, padded_v_dim;
+
+  Sage1QuantizedWorkspace(const AttentionShape& shape, const Plan& plan, const Sage1QuantizedNeeds& needs = {}) {
+    const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
+    const int64_t nq = shape.q_tokens, nk = shape.k_tokens, dv = shape.v_dim;
+    deltas = (nq + needs.delta_rows - 1) / needs.delta_rows;
+    q_groups = group_count(plan.q_grouping, nq, plan.q_group_rows);
+    k_groups = group_count(plan.k_grouping, nk, plan.k_group_rows);
+    padded_v_dim = (dv + 7) / 8 * 8;
+
+    Carver carver;
+    q_codes = carver.take_if(needs.pack_q, q_planes * nq * plan.padded_head_dim, 1);
+    k_codes = carver.take_if(needs.pack_k, k_planes * nk * plan.padded_head_dim, 1);
+    q_scales = carver.take_if(needs.pack_q_scales, q_planes * q_groups, 4);
+    k_scales = carver.take_if(needs.pack_k_scales, k_planes * k_groups, 4);
+    q_not_finite = carver.take(q_planes * ((nq + 31) / 32), 4);
+    k_not_finite = carver.take(k_planes * ((nk + 31) / 32), 4);
+    delta = carver.take_if(needs.delta, q_planes * deltas * nk, 4);
+    lse_shift = carver.take_if(needs.lse_shift, q_planes * nq, 4);
+    v = carver.take_if(needs.convert_v, k_planes * nk * padded_v_dim, 2);
+    v_scales = carver.take_if(needs.convert_v, k_planes * dv, 4);
+    v_mean = carver.take_if(needs.pack_v_mean, k_planes * dv, 4);
+    scratch = carver.take_if(needs.convert_v, static_cast<int64_t>(column_scratch_bytes(k_planes, dv)), 1);
+    bytes = carver.bytes();
+  }
+};
+
+}  // namespace sage::cuda

@@ -1,0 +1,466 @@
+// Attention on floating-point tensors: the front door.
+import { cannot, checkOneOf, checkOptions } from "./check.ts";
+import { type Device, streamOf } from "./device.ts";
+import { type DType, type FloatDType, floatDTypes } from "./dtype.ts";
+import {
+  accumulatorNumbers,
+  attentionStruct,
+  granularityNumbers,
+  kernelNumbers,
+  planStruct,
+  rangeNumbers,
+  Struct,
+  tensorBytes,
+} from "./ffi.ts";
+import { errorBytes, errorSize, unwrap } from "./library.ts";
+import {
+  type AttentionOptions,
+  checkAttentionOptions,
+  type FlashAttentionOptions,
+  type Granularity,
+  type Kernel,
+  type LseOption,
+  optionNames,
+  writeOptions,
+} from "./options.ts";
+import type { Stream } from "./stream.ts";
+import {
+  denseGeometry,
+  type Geometry,
+  interiorOf,
+  type Layout,
+  permute,
+  type Shape,
+  Tensor,
+} from "./tensor.ts";
+
+const action = "run attention";
+
+// ---- what every kind of attention shares --------------------------------------------------------------
+
+/** Output and log-sum-exp. Disposing it disposes the tensors that the call made. */
+export interface AttentionWithLse<O extends DType = FloatDType> extends Disposable {
+  /** [B, Hq, Nq, Dv] */
+  out: Tensor<O>;
+  /**
+   * [B, Hq, Nq, 1], in the layout of `q`: the natural logarithm of softmax's denominator, ln Σⱼ exp(scale·q·kⱼ);
+   * −∞ for a row that sees no key. With it, results over parts of the keys can be merged.
+   */
+  lse: Tensor<"f32">;
+}
+
+/** Refuses shapes that do not belong together; all in the order [batch, heads, tokens, channels]. */
+export function checkShapes(action: string, q: Shape, k: Shape, v: Shape): void {
+  const equal = (name: string, value: number, otherName: string, other: number) => {
+    if (value !== other) {
+      throw new RangeError(cannot(action, name, `equal ${otherName} (${other})`, value));
+    }
+  };
+  for (const [name, channels] of [["q", q[3]], ["v", v[3]]] as const) {
+    if (channels > 256) {
+      throw new RangeError(cannot(action, `channels of ${name}`, "be at most 256", channels));
+    }
+  }
+  equal("batch of k", k[0], "batch of q", q[0]);
+  equal("batch of v", v[0], "batch of q", q[0]);
+  equal("channels of k", k[3], "channels of q", q[3]);
+  equal("heads of v", v[1], "heads of k", k[1]);
+  equal("tokens of v", v[2], "tokens of k", k[2]);
+  if (q[1] % k[1] !== 0) {
+    throw new RangeError(
+      cannot(action, "heads of q", `be a multiple of heads of k (${k[1]})`, q[1]),
+    );
+  }
+}
+
+/** Where a call's results go. */
+export interface Results {
+  out: Tensor<FloatDType>;
+  lse: Tensor<"f32"> | undefined;
+  /** Drops what was made for the call. */
+  [Symbol.dispose](): void;
+}
+
+/** Takes the output tensor from the options, or makes it; the same for log-sum-exp. */
+export function makeResults(
+  action: string,
+  device: Device,
+  stream: Stream,
+  shape: Shape, // of the output, [batch, heads, tokens, channels]
+  layout: Layout,
+  dtype: FloatDType,
+  options: FlashAttentionOptions & LseOption,
+): Results {
+  const { out: given, outDtype, returnLse } = options;
+  if (outDtype !== undefined) checkOneOf(action, "outDtype", outDtype, floatDTypes);
+  if (given !== undefined) {
+    const { geometry } = interiorOf(action, "out", given, stream);
+    if (geometry.shape.some((length, i) => length !== shape[i])) {
+      const must = `have shape [${permute(shape, geometry.layout).join(", ")}]`;
+      throw new RangeError(cannot(action, "out", must, [...given.shape]));
+    }
+    if (outDtype !== undefined && outDtype !== given.dtype) {
+      throw new TypeError(
+        cannot(action, "outDtype", `be absent or equal out.dtype ("${given.dtype}")`, outDtype),
+      );
+    }
+    checkOneOf(action, "out.dtype", given.dtype, floatDTypes);
+  }
+  const out = given ?? device.empty(permute(shape, layout), { dtype: outDtype ?? dtype, layout });
+  const drop = () => given ?? out.dispose();
+  try {
+    const lse = returnLse
+      ? device.empty(permute([shape[0], shape[1], shape[2], 1], layout), { layout })
+      : undefined;
+    return {
+      out,
+      lse,
+      [Symbol.dispose]() {
+        drop();
+        lse?.dispose();
+      },
+    };
+  } catch (error) {
+    drop();
+    throw error;
+  }
+}
+
+/** What the caller gets of them. */
+export function showResults(results: Results): Tensor<FloatDType> | AttentionWithLse {
+  return results.lse === undefined ? results.out : results as AttentionWithLse;
+}
+
+// ---- attention ----------------------------------------------------------------------------------------
+
+const call = new Struct(attentionStruct.size);
+
+/** A sage_attention_call without results. */
+function writeCall(
+  stream: Stream,
+  q: Uint8Array,
+  k: Uint8Array,
+  v: Uint8Array,
+  options: AttentionOptions,
+): void {
+  call.reset();
+  call.setHandle(attentionStruct.stream, stream.handle);
+  writeOptions(call, attentionStruct.options, options);
+  call.setStruct(attentionStruct.q, q);
+  call.setStruct(attentionStruct.k, k);
+  call.setStruct(attentionStruct.v, v);
+}
+
+function checkDTypes(action: string, q: DType, k: DType, v: DType): void {
+  checkOneOf(action, "q.dtype", q as FloatDType, floatDTypes);
+  for (const [name, dtype] of [["k", k], ["v", v]] as const) {
+    if (dtype !== q) {
+      throw new TypeError(cannot(action, `${name}.dtype`, `equal q.dtype ("${q}")`, dtype));
+    }
+  }
+}
+
+function run(
+  name: "sage_attention" | "sage_flash_attention",
+  known: readonly string[],
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  options: AttentionOptions & LseOption,
+): Tensor<FloatDType> | AttentionWithLse {
+  checkAttentionOptions(action, options, known);
+  const { storage: { stream }, geometry, bytes } = interiorOf(action, "q", q);
+  const kInside = interiorOf(action, "k", k, stream), vInside = interiorOf(action, "v", v, stream);
+  checkDTypes(action, q.dtype, k.dtype, v.dtype);
+  const [batch, heads, tokens] = geometry.shape;
+  checkShapes(action, geometry.shape, kInside.geometry.shape, vInside.geometry.shape);
+  const results = makeResults(
+    action,
+    q.device,
+    stream,
+    [batch, heads, tokens, vInside.geometry.shape[3]],
+    q.layout,
+    q.dtype as FloatDType,
+    options,
+  );
+  try {
+    writeCall(stream, bytes, kInside.bytes, vInside.bytes, options);
+    call.setStruct(attentionStruct.o, interiorOf(action, "out", results.out).bytes);
+    if (results.lse) {
+      call.setStruct(attentionStruct.lse, interiorOf(action, "lse", results.lse).bytes);
+    }
+    unwrap(stream.native[name](call.bytes, errorBytes, errorSize));
+  } catch (error) {
+    results[Symbol.dispose]();
+    throw error;
+  }
+  return showResults(results);
+}
+
+/**
+ * Attention, softmax(scale·Q·Kᵀ)·V, with Q, K, P and V quantized as the kernel says.
+ *
+ * The call is enqueued and returns at once; the inputs may be disposed right after it. Where the kernel smooths, a
+ * mean is subtracted before quantization and corrected exactly: K by γ(K) = K − mean(K), which changes no output;
+ * Q by γ(Qᵢ) = Qᵢ − mean(Qᵢ) over 128 rows, with ΔS = mean(Qᵢ)·γ(K)ᵀ added; V likewise, with mean(V) added at the
+ * end.
+ *
+ * Values that are not finite stay where exact attention puts them: one in a row of Q makes that row of the output
+ * NaN, one in K or V shows in the rows that see it and in no other.
+ *
+ * Sources: SageAttention (arXiv 2410.02367), SageAttention2 (2411.10958), SageAttention2++ (2505.21136).
+ *
+ * @param q Queries, [B, Hq, Nq, D]: `f32`, `f16` or `bf16`; D is at most 256.
+ * @param k Keys, [B, Hkv, Nk, D], of the same element type; Hq is a multiple of Hkv, and each head of K and V serves
+ * Hq / Hkv successive heads of Q (grouped-query attention).
+ * @param v Values, [B, Hkv, Nk, Dv], of the same element type; Dv is at most 256.
+ * @param options Kernel, mask, scale, smoothing, output.
+ * @returns The output, [B, Hq, Nq, Dv], in the layout and element type of `q`; with `returnLse`, also the
+ * log-sum-exp.
+ * @throws {TypeError | RangeError} Where tensors do not fit together, or an option is unknown, out of range or
+ * contradicts another.
+ * @throws {UnsupportedError} Where the device lacks the kernel; the message lists those it has.
+ * @throws {OutOfMemoryError} Where the device has too little memory left.
+ * @throws {DisposedError} Where a tensor was disposed.
+ *
+ * @example
+ * ```ts
+ * import { attention, Device } from "@sage/attention";
+ * import { assertEquals } from "@std/assert";
+ *
+ * using device = Device.open("cpu");
+ * using q = device.tensor(new Float16Array(1 * 8 * 128 * 64).fill(1), [1, 8, 128, 64]);
+ * using k = device.tensor(new Float16Array(1 * 2 * 128 * 64).fill(1), [1, 2, 128, 64]);
+ * using v = device.tensor(new Float16Array(1 * 2 * 128 * 64).fill(3), [1, 2, 128, 64]);
+ *
+ * using o = attention(q, k, v, { kernel: "sage2", causal: true });
+ *
+ * assertEquals(o.shape, [1, 8, 128, 64]);
+ * assertEquals((await o.data())[0], 3);
+ * ```
+ */
+export function attention<D extends DType, O extends FloatDType = Extract<D, FloatDType>>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options: AttentionOptions<O> & Required<LseOption<true>>,
+): AttentionWithLse<O>;
+/** The same, returning the output alone. */
+export function attention<D extends DType, O extends FloatDType = Extract<D, FloatDType>>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options?: AttentionOptions<O> & LseOption<false>,
+): Tensor<O>;
+export function attention(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  options: AttentionOptions & LseOption = {},
+): Tensor<FloatDType> | AttentionWithLse {
+  return run("sage_attention", optionNames.attention, q, k, v, options);
+}
+
+/**
+ * Attention without quantization, in the element type of its inputs and FP32 sums: what the others are compared
+ * with, and what layers that bear no quantization use. The same as {@linkcode attention} with kernel `"flash"`.
+ *
+ * Source: FlashAttention-2 (arXiv 2307.08691).
+ *
+ * @param q Queries, [B, Hq, Nq, D].
+ * @param k Keys, [B, Hkv, Nk, D].
+ * @param v Values, [B, Hkv, Nk, Dv].
+ * @param options Mask, scale and output.
+ * @returns The output, [B, Hq, Nq, Dv], in the layout and element type of `q`; with `returnLse`, also the
+ * log-sum-exp.
+ * @throws {TypeError | RangeError} Where tensors do not fit together, or an option is unknown or out of range.
+ * @throws {UnsupportedError} Where the device cannot do it for this element type.
+ *
+ * @example
+ * ```ts
+ * import { Device, flashAttention } from "@sage/attention";
+ * import { assertEquals } from "@std/assert";
+ *
+ * using device = Device.open("cpu");
+ * using q = device.tensor(new Float32Array([1, 2]), [1, 1, 2, 1]);
+ * using v = device.tensor(new Float32Array([10, 20]), [1, 1, 2, 1]);
+ *
+ * using result = flashAttention(q, q, v, { causal: true, scale: 1, returnLse: true });
+ *
+ * assertEquals((await result.out.data())[0], 10); // the first query sees the first key only
+ * assertEquals((await result.lse.data())[0], 1); // ln exp(1·1)
+ * ```
+ */
+export function flashAttention<D extends DType, O extends FloatDType = Extract<D, FloatDType>>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options: FlashAttentionOptions<O> & Required<LseOption<true>>,
+): AttentionWithLse<O>;
+/** The same, returning the output alone. */
+export function flashAttention<D extends DType, O extends FloatDType = Extract<D, FloatDType>>(
+  q: Tensor<D>,
+  k: Tensor<D>,
+  v: Tensor<D>,
+  options?: FlashAttentionOptions<O> & LseOption<false>,
+): Tensor<O>;
+export function flashAttention(
+  q: Tensor,
+  k: Tensor,
+  v: Tensor,
+  options: FlashAttentionOptions & LseOption = {},
+): Tensor<FloatDType> | AttentionWithLse {
+  return run("sage_flash_attention", optionNames.flash, q, k, v, options);
+}
+
+// ---- explain ------------------------------------------------------------------------------------------
+
+/** A tensor that need not exist: what {@linkcode explain} must know of it. */
+export interface TensorSpec {
+  /** Lengths of the dimensions, in the order of the layout. */
+  shape: readonly number[];
+  /** Element type. */
+  dtype: FloatDType;
+  /** Order of the dimensions. Default: `"HND"`. */
+  layout?: Layout;
+}
+
+/** What {@linkcode attention} does with a call. */
+export interface AttentionPlan {
+  /** The kernel; never `"auto"`. */
+  kernel: Exclude<Kernel, "auto">;
+  /** GPU architecture that it was compiled for, such as `"sm_90"`; empty on the CPU. */
+  architecture: string;
+  /** Which rows of Q and K share a scale; absent where nothing is quantized. */
+  granularity: Granularity | undefined;
+  /** Whether Q is smoothed. */
+  smoothQ: boolean;
+  /** Whether K is smoothed. */
+  smoothK: boolean;
+  /** Whether V is smoothed. */
+  smoothV: boolean;
+  /** What sums P·V within a tile of keys. */
+  pvAccumulator: "f32" | "f16";
+  /** Largest magnitude of P in FP8; absent but for kernel `"sage2++"`. */
+  pvRange: 448 | 224 | 112 | undefined;
+  /** Queries of a tile. */
+  blockQ: number;
+  /** Keys of a tile. */
+  blockK: number;
+  /** Channels that the kernel computes with. */
+  paddedHeadDim: number;
+  /** Bytes of memory that the call takes besides its tensors, until it is done. */
+  workspaceBytes: number;
+  /** Which code runs, such as `"cpu avx512"` or `"sm_80 mma"`. */
+  implementation: string;
+  /** Why this kernel, in one sentence. */
+  reason: string;
+}
+
+/** Options of {@linkcode explain}. */
+export interface ExplainOptions extends AttentionOptions, LseOption {
+  /** Where it would run. Default: the device of `q`; needed where `q` is no tensor. */
+  device?: Device;
+}
+
+const plan = new Struct(planStruct.size);
+
+/**
+ * Says what {@linkcode attention} would do with these arguments, without doing it.
+ *
+ * @param q Queries, or what they would be.
+ * @param k Keys, or what they would be.
+ * @param v Values, or what they would be.
+ * @param options The options of {@linkcode attention}, and the device where none of the tensors exists.
+ * @returns Kernel, tiles, workspace and the reason.
+ * @throws {TypeError | RangeError | UnsupportedError} Where {@linkcode attention} would.
+ *
+ * @example
+ * ```ts
+ * import { Device, explain } from "@sage/attention";
+ * import { assertEquals } from "@std/assert";
+ *
+ * using device = Device.open("cpu");
+ * const q = { shape: [1, 32, 4096, 128], dtype: "bf16" } as const;
+ * const plan = explain(q, q, q, { kernel: "sage2", device });
+ *
+ * assertEquals(plan.granularity, "thread");
+ * assertEquals(plan.smoothK, true);
+ * ```
+ */
+export function explain(
+  q: Tensor | TensorSpec,
+  k: Tensor | TensorSpec,
+  v: Tensor | TensorSpec,
+  options: ExplainOptions = {},
+): AttentionPlan {
+  const action = "explain attention";
+  checkOptions(action, options, [...optionNames.attention, "device"]);
+  const { device = q instanceof Tensor ? q.device : undefined, ...rest } = options;
+  checkAttentionOptions(action, rest, optionNames.attention);
+  const stream = streamOf(action, "device", device as Device);
+  const [qSpec, kSpec, vSpec] = [["q", q], ["k", k], ["v", v]].map(([name, tensor]) =>
+    specify(action, name as string, tensor as Tensor | TensorSpec, stream)
+  );
+  checkDTypes(action, q.dtype, k.dtype, v.dtype);
+  checkShapes(action, qSpec.geometry.shape, kSpec.geometry.shape, vSpec.geometry.shape);
+  const [batch, heads, tokens] = qSpec.geometry.shape;
+  const outDtype = rest.outDtype ?? rest.out?.dtype ?? q.dtype as FloatDType;
+  checkOneOf(action, "outDtype", outDtype, floatDTypes);
+  const shape = permute([batch, heads, tokens, vSpec.geometry.shape[3]], qSpec.geometry.layout);
+  const out = { shape, dtype: outDtype, layout: qSpec.geometry.layout };
+  writeCall(stream, qSpec.bytes, kSpec.bytes, vSpec.bytes, rest);
+  call.setStruct(attentionStruct.o, specify(action, "out", out, stream).bytes);
+  plan.reset();
+  unwrap(stream.native.sage_explain(call.bytes, plan.bytes, errorBytes, errorSize));
+  return readPlan();
+}
+
+function specify(
+  action: string,
+  name: string,
+  tensor: Tensor | TensorSpec,
+  stream: Stream,
+): { geometry: Geometry; bytes: Uint8Array } {
+  if (tensor instanceof Tensor) return interiorOf(action, name, tensor, stream);
+  if (typeof tensor !== "object" || tensor === null) {
+    throw new TypeError(cannot(action, name, "be a Tensor or its shape and dtype", tensor));
+  }
+  const { shape, dtype, layout = "HND" } = tensor;
+  const geometry = denseGeometry(action, `${name}.shape`, shape, dtype, layout);
+  return {
+    geometry,
+    bytes: tensorBytes(0n, dtype, stream.device, geometry.shape, geometry.stride),
+  };
+}
+
+function readPlan(): AttentionPlan {
+  const architecture = plan.int(planStruct.architecture);
+  return {
+    kernel: nameOf(kernelNumbers, plan.int(planStruct.kernel)) as AttentionPlan["kernel"],
+    architecture: architecture === 0 ? "" : `sm_${architecture}`,
+    granularity: nameOf(granularityNumbers, plan.int(planStruct.granularity)),
+    smoothQ: plan.int(planStruct.smoothQ) === 2,
+    smoothK: plan.int(planStruct.smoothK) === 2,
+    smoothV: plan.int(planStruct.smoothV) === 2,
+    pvAccumulator: nameOf(accumulatorNumbers, plan.int(planStruct.pvAccumulator))!,
+    pvRange: numberOf(nameOf(rangeNumbers, plan.int(planStruct.pvRange))),
+    blockQ: plan.int(planStruct.blockQ),
+    blockK: plan.int(planStruct.blockK),
+    paddedHeadDim: plan.int(planStruct.paddedHeadDim),
+    workspaceBytes: plan.count(planStruct.workspaceBytes),
+    implementation: plan.text(planStruct.implementation),
+    reason: plan.text(planStruct.reason),
+  };
+}
+
+function nameOf<T extends Record<string | number, number>>(
+  numbers: T,
+  number: number,
+): keyof T | undefined {
+  return Object.keys(numbers).find((name) => numbers[name] === number);
+}
+
+function numberOf(name: string | number | undefined): AttentionPlan["pvRange"] {
+  return name === undefined ? undefined : Number(name) as AttentionPlan["pvRange"];
+}

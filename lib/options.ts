@@ -1,0 +1,184 @@
+// Options of attention: what they are called, which contradict each other, and how the library takes them.
+import { cannot, checkBoolean, checkOneOf, checkOptions, checkPositive, list } from "./check.ts";
+import type { FloatDType } from "./dtype.ts";
+import {
+  accumulatorNumbers,
+  granularityNumbers,
+  kernelNumbers,
+  optionsStruct,
+  rangeNumbers,
+  type Struct,
+  switchNumber,
+} from "./ffi.ts";
+import type { Tensor } from "./tensor.ts";
+
+/**
+ * How attention is computed.
+ *
+ * | kernel | Q·K | P·V | smoothed by default | source |
+ * |---|---|---|---|---|
+ * | `flash` | as given | as given | – | FlashAttention-2 (arXiv 2307.08691) |
+ * | `sage1` | INT8 per block | FP16 | K | SageAttention (2410.02367) |
+ * | `sage1-int8` | INT8 per block | INT8 | K | SageAttention |
+ * | `sage2` | INT8 per thread | FP8 | K | SageAttention2 (2411.10958) |
+ * | `sage2-int4` | INT4 per thread | FP8 | Q, K | SageAttention2 |
+ * | `sage2++` | INT8 per thread | FP8, summed in FP16 | K | SageAttention2++ (2505.21136) |
+ * | `auto` | chosen for the device and shape; {@linkcode explain} says which and why | | | |
+ */
+export type Kernel =
+  | "auto"
+  | "flash"
+  | "sage1"
+  | "sage1-int8"
+  | "sage2"
+  | "sage2-int4"
+  | "sage2++";
+
+/**
+ * Which values share one scale.
+ *
+ * - `"token"`: every row.
+ * - `"block"`: runs of rows, 128 of queries and 64 of keys.
+ * - `"warp"`: runs of rows, 32 of queries and 64 of keys.
+ * - `"thread"`: the rows that one thread of a tensor core holds (SageAttention2, Eq. 8): of 32 queries, rows t, t + 8,
+ *   t + 16 and t + 24 for t = 0..7; of 64 keys, rows 2t, 2t + 1, 2t + 8, 2t + 9 and so on for t = 0..3.
+ * - `"channel"`: every channel over all tokens; what values use.
+ */
+export type Granularity = "token" | "block" | "warp" | "thread" | "channel";
+
+/** Options of {@linkcode flashAttention}, and the ones that every kind of attention has. */
+export interface FlashAttentionOptions<O extends FloatDType = FloatDType> {
+  /**
+   * Whether query i sees only keys j ≤ i + Nk − Nq: the mask is aligned to the bottom right, so that the last query
+   * sees every key. A row that sees none gives zeros and a log-sum-exp of −∞. Default: `false`.
+   */
+  causal?: boolean;
+  /** What Q·Kᵀ is multiplied with before softmax. Default: 1 / √D. */
+  scale?: number;
+  /** Where to write the output: [B, Hq, Nq, Dv] in any layout; returned instead of a new tensor. */
+  out?: Tensor<O>;
+  /** Element type of the output. Default: that of `out`, else that of `q`. */
+  outDtype?: O;
+}
+
+/** Asks for the log-sum-exp beside the output, as {@linkcode AttentionWithLse}. */
+export interface LseOption<T extends boolean = boolean> {
+  /** Whether to return both. Default: `false`. */
+  returnLse?: T;
+}
+
+/** Options of {@linkcode attentionQuantized}. */
+export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
+  extends FlashAttentionOptions<O> {
+  /** How to compute. Default: the kernel whose operands these are. */
+  kernel?: Exclude<Kernel, "auto" | "flash">;
+  /** What sums P·V within a tile of keys; only for kernel `"sage1"`. Default: `"f32"`. */
+  pvAccumulator?: "f32" | "f16";
+  /**
+   * Largest magnitude of P in FP8, so that FP16 can hold the sums; V is narrowed to 2.25, 4.5 or 9 with it. Only
+   * for kernel `"sage2++"`. Default: 112, and with it 9.
+   */
+  pvRange?: 448 | 224 | 112;
+}
+
+/** Options of {@linkcode attention}. */
+export interface AttentionOptions<O extends FloatDType = FloatDType>
+  extends Omit<AttentionQuantizedOptions<O>, "kernel"> {
+  /** How to compute. Default: `"auto"`. */
+  kernel?: Kernel;
+  /** Which rows of Q and K share a scale. Default: `"block"` for `sage1` and `sage1-int8`, else `"thread"`. */
+  granularity?: Exclude<Granularity, "channel">;
+  /** Whether to subtract from every 128 queries their mean; corrected exactly. Default: for `sage2-int4` only. */
+  smoothQ?: boolean;
+  /** Whether to subtract from K its mean over tokens; corrected exactly. Default: but for `flash`. */
+  smoothK?: boolean;
+  /** Whether to subtract from V its mean over tokens; corrected exactly. Default: `false`. */
+  smoothV?: boolean;
+}
+
+const flashNames = ["causal", "scale", "out", "outDtype", "returnLse"];
+const quantizedNames = [...flashNames, "kernel", "pvAccumulator", "pvRange"];
+const attentionNames = [...quantizedNames, "granularity", "smoothQ", "smoothK", "smoothV"];
+
+/** The options that each function knows. */
+export const optionNames = {
+  flash: flashNames,
+  quantized: quantizedNames,
+  attention: attentionNames,
+} as const;
+
+/** Every kernel. */
+export const kernels = Object.keys(kernelNumbers) as readonly Kernel[];
+const accumulators = Object.keys(accumulatorNumbers) as readonly ("f32" | "f16")[];
+const ranges: readonly (448 | 224 | 112)[] = [448, 224, 112];
+const granularities = ["token", "block", "warp", "thread"] as const;
+
+/** Refuses options that are unknown, of another type, out of range or contradict each other. */
+export function checkAttentionOptions(
+  action: string,
+  options: AttentionOptions & LseOption,
+  known: readonly string[],
+): void {
+  checkOptions(action, options, known);
+  checkBoolean(action, "causal", options.causal);
+  checkBoolean(action, "returnLse", options.returnLse);
+  checkBoolean(action, "smoothQ", options.smoothQ);
+  checkBoolean(action, "smoothK", options.smoothK);
+  checkBoolean(action, "smoothV", options.smoothV);
+  const { kernel = "auto", scale, granularity, pvAccumulator, pvRange } = options;
+  checkOneOf(action, "kernel", kernel, kernels);
+  // The library computes in single precision, where this must not become 0 or infinite.
+  if (scale !== undefined) {
+    checkPositive(action, "scale", scale, 3e38);
+    if (Math.fround(scale) === 0) {
+      throw new RangeError(cannot(action, "scale", "be positive in single precision", scale));
+    }
+  }
+  if (granularity !== undefined) checkOneOf(action, "granularity", granularity, granularities);
+  if (pvAccumulator !== undefined) {
+    checkOneOf(action, "pvAccumulator", pvAccumulator, accumulators);
+    checkKernel(action, "pvAccumulator", kernel, ["sage1"]);
+  }
+  if (pvRange !== undefined) {
+    checkOneOf(action, "pvRange", pvRange, ranges);
+    checkKernel(action, "pvRange", kernel, ["sage2++"]);
+  }
+  if (kernel === "flash") checkUnquantized(action, options);
+}
+
+function checkKernel(
+  action: string,
+  option: string,
+  kernel: Kernel,
+  allowed: readonly Kernel[],
+): void {
+  if (allowed.includes(kernel)) return;
+  throw new TypeError(cannot(action, `kernel with ${option}`, `be ${list(allowed)}`, kernel));
+}
+
+function checkUnquantized(action: string, options: AttentionOptions): void {
+  for (const name of ["granularity", "smoothQ", "smoothK", "smoothV"] as const) {
+    const value = options[name];
+    if (value !== undefined && value !== false) {
+      throw new TypeError(
+        cannot(action, `${name} with kernel "flash"`, "be absent, as nothing is quantized", value),
+      );
+    }
+  }
+}
+
+/** Writes sage_attention_options at an offset of a struct that is zero there. */
+export function writeOptions(call: Struct, at: number, options: AttentionOptions): void {
+  const { kernel, granularity, pvAccumulator, pvRange, scale } = options;
+  if (kernel) call.setInt(at + optionsStruct.kernel, kernelNumbers[kernel]);
+  if (options.causal) call.setInt(at + optionsStruct.causal, 1);
+  if (scale) call.setFloat(at + optionsStruct.scale, scale);
+  if (granularity) call.setInt(at + optionsStruct.granularity, granularityNumbers[granularity]);
+  call.setInt(at + optionsStruct.smoothQ, switchNumber(options.smoothQ));
+  call.setInt(at + optionsStruct.smoothK, switchNumber(options.smoothK));
+  call.setInt(at + optionsStruct.smoothV, switchNumber(options.smoothV));
+  if (pvAccumulator) {
+    call.setInt(at + optionsStruct.pvAccumulator, accumulatorNumbers[pvAccumulator]);
+  }
+  if (pvRange) call.setInt(at + optionsStruct.pvRange, rangeNumbers[pvRange]);
+}

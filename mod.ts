@@ -1,0 +1,86 @@
+/**
+ * Quantized attention on NVIDIA GPUs and on the CPU: the kernels of SageAttention, SageAttention2 and
+ * SageAttention2++, and the exact attention they are compared with.
+ *
+ * Typed arrays become tensors on a device, attention is enqueued there, and its output comes back as a typed array:
+ *
+ * ```ts
+ * import { attention, Device } from "@sage/attention";
+ *
+ * using device = Device.open(); // cuda:0 where there is one, else cpu
+ * const data = () => Float16Array.from({ length: 8 * 256 * 64 }, () => Math.random() - 0.5);
+ * using q = device.tensor(data(), [1, 8, 256, 64]); // [batch, heads, tokens, channels]
+ * using k = device.tensor(data(), [1, 8, 256, 64]);
+ * using v = device.tensor(data(), [1, 8, 256, 64]);
+ * using o = attention(q, k, v, { causal: true });
+ * console.log((await o.data()).length);
+ * ```
+ *
+ * It needs `--allow-ffi` for the native library, which is `dist/libsage.so` unless the environment variable
+ * `DENO_SAGE_PATH` names another (with `--allow-env=DENO_SAGE_PATH`). Importing the module does nothing else.
+ *
+ * @module
+ */
+export {
+  attention,
+  type AttentionPlan,
+  type AttentionWithLse,
+  explain,
+  type ExplainOptions,
+  flashAttention,
+  type TensorSpec,
+} from "./lib/attention.ts";
+export { Device, type DeviceInfo, type DeviceKind, type MemoryStats } from "./lib/device.ts";
+export {
+  type CodeDType,
+  type DType,
+  type DTypeArrays,
+  type FloatDType,
+  fromFloat32,
+  type TensorData,
+  toFloat32,
+} from "./lib/dtype.ts";
+export {
+  DisposedError,
+  LibraryNotFoundError,
+  NoDeviceError,
+  OutOfMemoryError,
+  SageError,
+  type SageErrorCode,
+  UnsupportedError,
+} from "./lib/errors.ts";
+export { type BuildInfo, buildInfo } from "./lib/library.ts";
+export { cosine, relativeL1, rmse } from "./lib/metrics.ts";
+export type {
+  AttentionOptions,
+  AttentionQuantizedOptions,
+  FlashAttentionOptions,
+  Granularity,
+  Kernel,
+  LseOption,
+} from "./lib/options.ts";
+export {
+  attentionQuantized,
+  dequantize,
+  type DequantizeOptions,
+  type Operand,
+  quantize,
+  QuantizedTensor,
+  type QuantizeOptions,
+} from "./lib/quantize.ts";
+export {
+  parseSafetensors,
+  Safetensors,
+  type SafetensorsArrays,
+  type SafetensorsDType,
+  type SafetensorsEntry,
+  serializeSafetensors,
+} from "./lib/safetensors.ts";
+export { smooth, type Smoothed, type SmoothOptions } from "./lib/smooth.ts";
+export {
+  type Layout,
+  type Shape,
+  Tensor,
+  type TensorOptions,
+  type ViewRanges,
+} from "./lib/tensor.ts";

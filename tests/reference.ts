@@ -1,0 +1,310 @@
+// What every operation should give: attention in float64, and numerics.h said again in TypeScript. Short enough to
+// be checked by reading; tests/reference_test.ts holds cases checked by hand.
+import type { CodeDType, FloatDType, Granularity, Layout, Operand } from "../mod.ts";
+
+// ---- random numbers -----------------------------------------------------------------------------------
+
+/** Uniform numbers in [0, 1), the same for the same seed. */
+export function uniform(seed: number): () => number {
+  let state = seed | 0;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
+    mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+/** `length` numbers of N(0, 1). */
+export function normal(seed: number, length: number): Float32Array<ArrayBuffer> {
+  const next = uniform(seed);
+  return Float32Array.from(
+    { length },
+    () => Math.sqrt(-2 * Math.log(1 - next())) * Math.cos(2 * Math.PI * next()),
+  );
+}
+
+// ---- rounding -----------------------------------------------------------------------------------------
+
+/** To the nearest integer, ties to even. */
+export function roundHalfEven(value: number): number {
+  const low = Math.floor(value);
+  const up = value - low > 0.5 || (value - low === 0.5 && low % 2 !== 0);
+  return up ? low + 1 : low;
+}
+
+/** The value of an e4m3fn code: sign, 4 bits of exponent (bias 7), 3 bits of mantissa. */
+export function e4m3Value(code: number): number {
+  const sign = code & 0x80 ? -1 : 1, exponent = (code >> 3) & 15, mantissa = code & 7;
+  if ((code & 0x7f) === 0x7f) return NaN;
+  return sign * (exponent === 0 ? mantissa / 512 : (1 + mantissa / 8) * 2 ** (exponent - 7));
+}
+
+/** The code whose value is nearest, of two the one with an even mantissa, 448 for all above. */
+export function e4m3Code(value: number): number {
+  if (Number.isNaN(value)) return 0x7f;
+  const magnitude = Math.abs(value);
+  let best = 0;
+  for (let code = 1; code <= 0x7e; ++code) {
+    const nearer = Math.abs(e4m3Value(code) - magnitude) - Math.abs(e4m3Value(best) - magnitude);
+    if (nearer < 0 || (nearer === 0 && code % 2 === 0)) best = code;
+  }
+  return best | (value < 0 || Object.is(value, -0) ? 0x80 : 0);
+}
+
+/** Rounds single precision to a dtype and back. */
+export function roundTo(value: number, dtype: FloatDType): number {
+  const single = Math.fround(value);
+  if (dtype === "f32") return single;
+  if (dtype === "f16") return Math.f16round(single);
+  if (!Number.isFinite(single)) return single;
+  const bits = new DataView(new ArrayBuffer(4));
+  bits.setFloat32(0, single);
+  const low = bits.getUint32(0) & 0xffff, high = bits.getUint32(0) >>> 16;
+  bits.setUint32(0, (low > 0x8000 || (low === 0x8000 && high % 2 === 1) ? high + 1 : high) << 16);
+  return bits.getFloat32(0);
+}
+
+// ---- shapes -------------------------------------------------------------------------------------------
+
+/** [batch, heads, tokens, channels] */
+export type Dims = readonly [number, number, number, number];
+
+/** How many elements. */
+export function count(dims: readonly number[]): number {
+  return dims.reduce((product, length) => product * length, 1);
+}
+
+/** A shape in the order of a layout. */
+export function inLayout([batch, heads, tokens, channels]: Dims, layout: Layout): Dims {
+  return layout === "HND" ? [batch, heads, tokens, channels] : [batch, tokens, heads, channels];
+}
+
+/** Elements of [batch, heads, tokens, channels] moved to the order of a layout, or (`back`) from it. */
+export function reorder<T extends { [index: number]: number; slice(): T }>(
+  data: T,
+  dims: Dims,
+  layout: Layout,
+  back = false,
+): T {
+  const moved = data.slice();
+  if (layout === "HND") return moved;
+  const [batch, heads, tokens, channels] = dims;
+  for (let b = 0; b < batch; ++b) {
+    for (let h = 0; h < heads; ++h) {
+      for (let n = 0; n < tokens; ++n) {
+        for (let c = 0; c < channels; ++c) {
+          const hnd = ((b * heads + h) * tokens + n) * channels + c;
+          const nhd = ((b * tokens + n) * heads + h) * channels + c;
+          if (back) moved[hnd] = data[nhd];
+          else moved[nhd] = data[hnd];
+        }
+      }
+    }
+  }
+  return moved;
+}
+
+// ---- attention ----------------------------------------------------------------------------------------
+
+/** Q, K and V in HND order, and their lengths. */
+export interface Problem {
+  q: ArrayLike<number>;
+  k: ArrayLike<number>;
+  v: ArrayLike<number>;
+  qDims: Dims;
+  kDims: Dims;
+  vDims: Dims;
+}
+
+/** softmax(scale·Q·Kᵀ)·V in float64. Query i sees keys j ≤ i + Nk − Nq if causal; a row that sees none gives 0. */
+export function referenceAttention(
+  { q, k, v, qDims, kDims, vDims }: Problem,
+  { causal = false, scale = 1 / Math.sqrt(qDims[3]) }: { causal?: boolean; scale?: number } = {},
+): { out: Float64Array; lse: Float64Array } {
+  const [batch, heads, queries, channels] = qDims, [, kvHeads, keys] = kDims, width = vDims[3];
+  const out = new Float64Array(batch * heads * queries * width);
+  const lse = new Float64Array(batch * heads * queries);
+  for (let b = 0; b < batch; ++b) {
+    for (let h = 0; h < heads; ++h) {
+      const kvHead = b * kvHeads + Math.floor(h / (heads / kvHeads));
+      for (let i = 0; i < queries; ++i) {
+        const row = (b * heads + h) * queries + i;
+        const visible = causal ? Math.max(0, Math.min(keys, i + keys - queries + 1)) : keys;
+        const scores = new Float64Array(visible);
+        for (let j = 0; j < visible; ++j) {
+          let dot = 0;
+          for (let c = 0; c < channels; ++c) {
+            dot += q[row * channels + c] * k[(kvHead * keys + j) * channels + c];
+          }
+          scores[j] = scale * dot;
+        }
+        const most = scores.reduce((a, b) => Math.max(a, b), -Infinity);
+        const weights = scores.map((score) => Math.exp(score - most));
+        const sum = weights.reduce((a, b) => a + b, 0);
+        lse[row] = visible === 0 ? -Infinity : most + Math.log(sum);
+        for (let j = 0; j < visible; ++j) {
+          const p = weights[j] / sum;
+          for (let c = 0; c < width; ++c) {
+            out[row * width + c] += p * v[(kvHead * keys + j) * width + c];
+          }
+        }
+      }
+    }
+  }
+  return { out, lse };
+}
+
+// ---- means --------------------------------------------------------------------------------------------
+
+/** The mean of the finite ones of some values, summed in the order that numerics.h fixes. */
+export function referenceMean(column: readonly number[]): number {
+  const fold = (lanes: number[], add: (a: number, b: number) => number) => {
+    for (let step = lanes.length / 2; step >= 1; step /= 2) {
+      for (let lane = 0; lane < step; ++lane) lanes[lane] = add(lanes[lane], lanes[lane + step]);
+    }
+    return lanes[0];
+  };
+  const chunks = new Array(32).fill(0); // float64
+  for (let start = 0; start < column.length; start += 128) {
+    const lanes = new Array(16).fill(0); // float32
+    column.slice(start, start + 128).forEach((value, i) => {
+      if (Number.isFinite(value)) lanes[i % 16] = Math.fround(lanes[i % 16] + value);
+    });
+    chunks[start / 128 % 32] += fold(lanes, (a, b) => Math.fround(a + b));
+  }
+  const finite = column.filter(Number.isFinite).length;
+  return finite === 0 ? 0 : Math.fround(fold(chunks, (a, b) => a + b) / finite);
+}
+
+/** Means of every `blockRows` rows: [B, H, ⌈N / blockRows⌉, D]. */
+export function referenceMeans(
+  x: ArrayLike<number>,
+  [batch, heads, tokens, channels]: Dims,
+  blockRows: number = tokens,
+): Float32Array<ArrayBuffer> {
+  const blocks = Math.ceil(tokens / blockRows);
+  const means = new Float32Array(batch * heads * blocks * channels);
+  for (let i = 0; i < means.length; ++i) {
+    const c = i % channels, block = Math.floor(i / channels) % blocks;
+    const head = Math.floor(i / channels / blocks);
+    const first = block * blockRows, rows = Math.min(blockRows, tokens - first);
+    means[i] = referenceMean(
+      Array.from({ length: rows }, (_, n) => x[(head * tokens + first + n) * channels + c]),
+    );
+  }
+  return means;
+}
+
+/** x − mean in float32. */
+export function referenceSmooth(
+  x: ArrayLike<number>,
+  [, , tokens, channels]: Dims,
+  means: ArrayLike<number>,
+  blockRows: number = tokens,
+): Float32Array<ArrayBuffer> {
+  const blocks = Math.ceil(tokens / blockRows);
+  return Float32Array.from(x, (value, i) => {
+    const c = i % channels, n = Math.floor(i / channels) % tokens;
+    const head = Math.floor(i / channels / tokens);
+    return value - means[(head * blocks + Math.floor(n / blockRows)) * channels + c];
+  });
+}
+
+// ---- quantizers ---------------------------------------------------------------------------------------
+
+/** How {@linkcode referenceQuantize} quantizes. */
+export interface ReferenceRecipe {
+  operand: Operand;
+  dtype: CodeDType;
+  granularity: Granularity;
+  groupRows?: number;
+  range?: number;
+}
+
+/** Which scale each element of a head has, and how many there are. */
+export function referenceGroups(
+  { operand, granularity, groupRows }: ReferenceRecipe,
+  tokens: number,
+  channels: number,
+): { groupOf: (n: number, c: number) => number; groups: number } {
+  const query = operand === "query";
+  const rows = groupRows ?? (query ? granularity === "block" ? 128 : 32 : 64);
+  const runs = Math.ceil(tokens / rows), run = (n: number) => Math.floor(n / rows);
+  switch (granularity) {
+    case "token":
+      return { groupOf: (n) => n, groups: tokens };
+    case "block":
+    case "warp":
+      return { groupOf: run, groups: runs };
+    case "thread": // SageAttention2, Eq. 8
+      return query
+        ? { groupOf: (n) => run(n) * 8 + n % 8, groups: runs * 8 }
+        : { groupOf: (n) => run(n) * 4 + Math.floor(n % 8 / 2), groups: runs * 4 };
+    case "channel":
+      return { groupOf: (_, c) => c, groups: channels };
+  }
+}
+
+/** Codes (one number an element, not packed) and scales of [B, H, N, D]. */
+export function referenceQuantize(
+  x: ArrayLike<number>,
+  [batch, heads, tokens, channels]: Dims,
+  recipe: ReferenceRecipe,
+): { codes: Float64Array; scales: Float32Array<ArrayBuffer> } {
+  const { groupOf, groups } = referenceGroups(recipe, tokens, channels);
+  const range = { i8: 127, i4: 7, e4m3: recipe.range ?? 448 }[recipe.dtype];
+  const notFinite = { i8: -128, i4: -8, e4m3: 0x7f }[recipe.dtype];
+  const most = new Float64Array(batch * heads * groups);
+  const group = (i: number) =>
+    Math.floor(i / channels / tokens) * groups +
+    groupOf(Math.floor(i / channels) % tokens, i % channels);
+  for (let i = 0; i < x.length; ++i) {
+    if (Number.isFinite(x[i])) most[group(i)] = Math.max(most[group(i)], Math.abs(x[i]));
+  }
+  const usable = (amax: number) => amax >= 2 ** -100;
+  const single = Math.fround(range);
+  const codes = Float64Array.from(x, (value, i) => {
+    if (!Number.isFinite(value)) return notFinite;
+    const amax = most[group(i)];
+    const scaled = Math.fround(value * (usable(amax) ? Math.fround(single / amax) : 0));
+    return recipe.dtype === "e4m3" ? e4m3Code(scaled) : roundHalfEven(scaled) + 0;
+  });
+  return { codes, scales: Float32Array.from(most, (amax) => usable(amax) ? amax / single : 1) };
+}
+
+/** code · scale, plus the mean where there is one, in float32. */
+export function referenceDequantize(
+  codes: ArrayLike<number>,
+  scales: ArrayLike<number>,
+  [, , tokens, channels]: Dims,
+  recipe: ReferenceRecipe,
+  means?: { values: ArrayLike<number>; rows: number },
+): Float32Array<ArrayBuffer> {
+  const { groupOf, groups } = referenceGroups(recipe, tokens, channels);
+  const value = (code: number) =>
+    recipe.dtype === "e4m3"
+      ? e4m3Value(code)
+      : code === (recipe.dtype === "i8" ? -128 : -8)
+      ? NaN
+      : code;
+  return Float32Array.from(codes, (code, i) => {
+    const head = Math.floor(i / channels / tokens), n = Math.floor(i / channels) % tokens;
+    const c = i % channels;
+    const product = Math.fround(value(code) * scales[head * groups + groupOf(n, c)]);
+    if (!means) return product;
+    const blocks = Math.ceil(tokens / means.rows);
+    return product +
+      means.values[(head * blocks + Math.floor(n / means.rows)) * channels + c];
+  });
+}
+
+/** i4 codes packed two a byte, the even channel low; odd rows end with a zero. */
+export function packInt4(codes: ArrayLike<number>, channels: number): Uint8Array<ArrayBuffer> {
+  const rowBytes = Math.ceil(channels / 2), rows = codes.length / channels;
+  return Uint8Array.from({ length: rows * rowBytes }, (_, i) => {
+    const at = Math.floor(i / rowBytes) * channels + i % rowBytes * 2;
+    const odd = i % rowBytes * 2 + 1 < channels ? codes[at + 1] : 0;
+    return (codes[at] & 15) | ((odd & 15) << 4);
+  });
+}
