@@ -1,5 +1,14 @@
 // What a file in bench/results/ holds.
 
+/** A problem; key-value heads are as many as heads. */
+export interface Shape {
+  headDim: number;
+  causal: boolean;
+  batch: number;
+  heads: number;
+  tokens: number;
+}
+
 /** One measurement. */
 export interface Row {
   group: "attention" | "decode" | "quantize" | "smooth";

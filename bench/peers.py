@@ -1,8 +1,9 @@
 """Others' kernels on the same GPU, measured as bench/record.ts measures ours.
 
-usage: python3 peers.py '{"shapes": [{"headDim": 128, "causal": false, "batch": 4, "heads": 32, "tokens": 8192}],
-                          "copyBytes": 1073741824, "budgetMs": 150}'
-Prints one JSON row a line: PyTorch's FlashAttention-2 and cuDNN attention in bf16, and a device copy.
+usage: python3 peers.py BUDGET_MS
+Reads one JSON request a line: {"copyBytes": 1073741824} or {"headDim": 128, "causal": false, "batch": 4, "heads": 32,
+"tokens": 8192}. Answers each with the rows of PyTorch's FlashAttention-2 and cuDNN attention in bf16, or of a device
+copy: one JSON row a line, and an empty line after the last. Its first answer tells the versions.
 """
 
 import json
@@ -10,9 +11,12 @@ import math
 import sys
 import time
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+try:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+except ImportError as error:
+    sys.exit(f"peers.py: {error}")
 
 BACKENDS = {"pytorch-fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -66,16 +70,24 @@ def copy_row(count, budget_ms):
     source = torch.empty(count, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     ms = measure(lambda: target.copy_(source), budget_ms)
-    return {"group": "copy", "kernel": "copy", "bytes": 2 * count, "ms": ms, "tbs": 2 * count / ms / 1e9, "peer": True}
+    return {"bytes": 2 * count, "ms": ms, "tbs": 2 * count / ms / 1e9}
+
+
+def answer(rows):
+    for row in rows:
+        print(json.dumps(row))
+    print(flush=True)
 
 
 def main():
-    request = json.loads(sys.argv[1])
-    print(json.dumps({"versions": {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}}), flush=True)
-    print(json.dumps(copy_row(request["copyBytes"], request["budgetMs"])), flush=True)
-    for shape in request["shapes"]:
-        for row in attention_rows(shape, request["budgetMs"]):
-            print(json.dumps(row), flush=True)
+    budget_ms = float(sys.argv[1])
+    answer([{"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}])
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "copyBytes" in request:
+            answer([copy_row(request["copyBytes"], budget_ms)])
+        else:
+            answer(attention_rows(request, budget_ms))
 
 
 main()

@@ -21,8 +21,9 @@ import { build } from "../build.ts";
 import { reference } from "../examples/demo/reference.ts";
 import { BuildError, findGpus, runTask } from "../tools/build/toolchain.ts";
 import { closingLine, runSuite } from "../tools/suite.ts";
-import type { Accuracy, Results, Row } from "./format.ts";
+import type { Accuracy, Results, Row, Shape } from "./format.ts";
 import { measure, RandomTensors } from "./measure.ts";
+import { Peers } from "./peers.ts";
 
 const help = `usage: deno task record [--quick] [--skip-tests]
 
@@ -39,14 +40,6 @@ const kernels: Exclude<Kernel, "auto">[] = [
   "sage2-int4",
   "sage2++",
 ];
-
-interface Shape {
-  headDim: number;
-  causal: boolean;
-  batch: number;
-  heads: number;
-  tokens: number;
-}
 
 function shapes(quick: boolean): Shape[] {
   const dims = quick ? [64, 128] : [64, 128, 256];
@@ -308,36 +301,6 @@ function watch(): { stop(): Promise<Pick<Results, "clocks" | "power">> } {
   };
 }
 
-async function measurePeers(
-  wanted: Shape[],
-  budgetMs: number,
-): Promise<Pick<Results, "copyTbs" | "peers" | "rows">> {
-  const python = new Deno.Command("python3", {
-    args: [
-      join(root, "bench/peers.py"),
-      JSON.stringify({ shapes: wanted, copyBytes: 2 ** 30, budgetMs }),
-    ],
-    env: { PYTHONDONTWRITEBYTECODE: "1" },
-    stderr: "inherit",
-  });
-  const { success, stdout } = await python.output().catch(() => ({
-    success: false,
-    stdout: new Uint8Array(),
-  }));
-  if (!success) console.log("peers       left out: python3 with PyTorch did not run to its end");
-  const found: Pick<Results, "copyTbs" | "peers" | "rows"> = { rows: [] };
-  for (const line of new TextDecoder().decode(stdout).split("\n").filter(Boolean)) {
-    const object = JSON.parse(line);
-    if (object.versions) found.peers = object.versions;
-    else if (object.group === "copy") found.copyTbs = object.tbs;
-    else {
-      found.rows.push(object);
-      show(object);
-    }
-  }
-  return found;
-}
-
 /** "NVIDIA H200" is h200. */
 function fileName(device: string): string {
   return device.replace(/^NVIDIA (GeForce )?/, "").toLowerCase().replaceAll(/[^a-z0-9]+/g, "-");
@@ -368,19 +331,24 @@ await runTask(async () => {
 
   const [driver] = await query("driver_version");
   const began = performance.now(), budgetMs = options.quick ? 50 : 150;
-  const wanted = shapes(options.quick);
   const rows: Row[] = [];
   using device = Device.open("cuda:0");
   const { name } = device.info;
-  const watcher = watch();
+  await using peers = await Peers.start(budgetMs);
   const accuracy = await accuracyRows(device);
   const random = new RandomTensors(device);
+  const watcher = watch();
+  const copyTbs = await peers?.copy(2 ** 30);
   for (const headDim of options.quick ? [128] : [64, 128]) {
     rows.push(...await preparationRows(random, headDim, budgetMs));
   }
-  for (const shape of wanted) rows.push(...await attentionRows(random, shape, budgetMs));
-  const peers = await measurePeers(wanted, budgetMs);
-  rows.push(...peers.rows);
+  for (const shape of shapes(options.quick)) {
+    rows.push(...await attentionRows(random, shape, budgetMs));
+    for (const row of await peers?.attention(shape) ?? []) {
+      rows.push(row);
+      show(row);
+    }
+  }
   const results: Results = {
     device: name,
     driver,
@@ -389,7 +357,8 @@ await runTask(async () => {
     compilers: manifest.compilers,
     ...await watcher.stop(),
     tests,
-    ...peers,
+    copyTbs,
+    peers: peers?.versions,
     rows,
     accuracy,
   };

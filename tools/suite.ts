@@ -1,5 +1,4 @@
 // Runs deno test and counts what it ran.
-import { join } from "@std/path";
 
 /** How many tests (and steps of tests) there were. */
 export interface Counts {
@@ -31,16 +30,22 @@ export function parseReport(xml: string): Counts {
 }
 
 /** Runs `deno test -A` in `root`. A run that dies, or that runs nothing, counts as a failure. */
-export async function runSuite(root: string, args: string[]): Promise<Counts> {
+export async function runSuite(
+  root: string,
+  args: string[],
+  options: { quiet?: boolean } = {},
+): Promise<Counts> {
   const report = await Deno.makeTempFile({ suffix: ".xml" });
   try {
     const status = await new Deno.Command(Deno.execPath(), {
       args: ["test", "--allow-all", `--junit-path=${report}`, ...args],
-      cwd: join(root),
+      cwd: root,
       stdin: "null",
+      stdout: options.quiet ? "null" : "inherit",
+      stderr: options.quiet ? "null" : "inherit",
     }).spawn().status;
     const counts = parseReport(await Deno.readTextFile(report));
-    if (status.signal) console.log(`deno test died of ${status.signal}`);
+    if (status.signal && !options.quiet) console.log(`deno test died of ${status.signal}`);
     const unseen = !status.success || counts.passed + counts.skipped === 0;
     if (unseen && counts.failed === 0) counts.failed = 1;
     return counts;

@@ -1,6 +1,5 @@
 // The largest finite magnitude of every channel.
 #include "columns.h"
-
 #include "tile.cuh"
 
 namespace sage::cuda {
@@ -16,7 +15,7 @@ struct ColumnArguments {
 };
 
 template <DType kType>
-__global__ void __maxnreg__(80) column_amax_kernel(ColumnArguments a, int64_t first) {
+__global__ void __maxnreg__(80) column_amax_kernel(const __grid_constant__ ColumnArguments a, int64_t first) {
   extern __shared__ uint32_t block_amax[];  // of a channel
   const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
   const int64_t item = first + blockIdx.x, plane = item / a.slabs;

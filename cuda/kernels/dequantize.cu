@@ -15,7 +15,7 @@ struct DequantizeArguments {
 };
 
 template <DType kCode, DType kType>
-__global__ void __maxnreg__(80) dequantize_kernel(DequantizeArguments a, int64_t first) {
+__global__ void __maxnreg__(80) dequantize_kernel(const __grid_constant__ DequantizeArguments a, int64_t first) {
   const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
   const int64_t item = first + blockIdx.x, plane = item / a.tiles;
   const Plane where{plane / a.heads, plane % a.heads};
@@ -31,10 +31,10 @@ __global__ void __maxnreg__(80) dequantize_kernel(DequantizeArguments a, int64_t
   }
   const GroupWindow groups(a.groups, base);
   MeanOctet mean(a.means, where, base, channel);
-  char* const to = plane_of(a.x, where);
+  char* to = row_of(a.x, plane_of(a.x, where), base + lane);
   const int rows = static_cast<int>(min(a.x.tokens - base, int64_t{kRows * step}));
 #pragma unroll
-  for (int i = 0; i < kRows; i++) {
+  for (int i = 0; i < kRows; i++, to += step * a.x.token_stride) {
     const int local = lane + i * step;
     if (local >= rows) break;
     const float row_scale = a.per_channel ? 1.0f : float_at(a.scales, scales, groups.of(local), 0);
@@ -47,7 +47,7 @@ __global__ void __maxnreg__(80) dequantize_kernel(DequantizeArguments a, int64_t
 #pragma unroll
       for (int j = 0; j < 8; j++) x[j] += mean[j];
     }
-    store_octet(pack<kType>(x), a.x, to, base + local, channel);
+    store_octet(pack<kType>(x), a.x, to, channel);
   }
 }
 
@@ -61,7 +61,8 @@ struct MarkerArguments {
 
 // One block finds one word, a warp a row at a time.
 constexpr int kMarkerWarps = 4;
-__global__ void __launch_bounds__(kMarkerWarps * 32) find_markers_kernel(MarkerArguments a, int64_t first) {
+__global__ void __launch_bounds__(kMarkerWarps * 32)
+    find_markers_kernel(const __grid_constant__ MarkerArguments a, int64_t first) {
   __shared__ uint32_t found;
   const int64_t item = first + blockIdx.x, plane = item / a.words, word = item % a.words;
   const Plane where{plane / a.heads, plane % a.heads};

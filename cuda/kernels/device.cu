@@ -1,10 +1,10 @@
 // CUDA devices: finding and describing them, and what their errors mean.
-#include "device.h"
-
 #include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
+
+#include "device.h"
 
 namespace sage {
 namespace cuda {
@@ -27,9 +27,7 @@ std::string text(cudaError_t status) {
   return std::string(cudaGetErrorName(status)) + ": " + cudaGetErrorString(status);
 }
 
-std::string version(int number) {
-  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
-}
+std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
 // Errors that end the device's work for the whole process.
 bool is_final(cudaError_t status) {
@@ -160,7 +158,8 @@ Device& open_device(int ordinal) {
 
 void enter(const Device& device) {
   if (const int failure = device.failure) {
-    SAGE_FAIL(SAGE_DEVICE_ERROR, "Cannot use " + name_of(device) + " in this process any more as it failed earlier with " +
+    SAGE_FAIL(SAGE_DEVICE_ERROR, "Cannot use " + name_of(device) +
+                                     " in this process any more as it failed earlier with " +
                                      text(static_cast<cudaError_t>(failure)) + ".");
   }
   SAGE_CUDA(cudaSetDevice(device.ordinal));
@@ -204,7 +203,8 @@ sage_device_info describe_cuda(int ordinal) {
   cudaDeviceProp properties;
   SAGE_CUDA(cudaGetDeviceProperties(&properties, ordinal));
   std::string(properties.name).copy(info.name, sizeof info.name - 1);
-  const std::string features = "sm_" + std::to_string(info.compute_capability) + (info.compute_capability >= 90 ? "a" : "");
+  const std::string features =
+      "sm_" + std::to_string(info.compute_capability) + (info.compute_capability >= 90 ? "a" : "");
   features.copy(info.features, sizeof info.features - 1);
   SAGE_CUDA(cudaSetDevice(ordinal));
   size_t free_bytes, total_bytes;

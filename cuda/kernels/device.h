@@ -13,9 +13,9 @@ struct Device {
   int compute_capability;  // 90 for sm_90
   int multiprocessors;
   size_t total_bytes;
-  cudaMemPool_t pool;            // keeps what is freed until the last stream closes
-  std::atomic<int> streams{0};   // open
-  std::atomic<int> failure{0};   // the cudaError_t after which the device does nothing more for this process
+  cudaMemPool_t pool;           // keeps what is freed until the last stream closes
+  std::atomic<int> streams{0};  // open
+  std::atomic<int> failure{0};  // the cudaError_t after which the device does nothing more for this process
 };
 
 // The device of an ordinal, opened on first use. Throws SAGE_NO_DEVICE or SAGE_UNSUPPORTED.

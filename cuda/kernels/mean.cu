@@ -21,11 +21,12 @@ __device__ __forceinline__ float quotient(double sum, int64_t count) {
 
 // One block a chunk, one lane of the chunk a thread row. The only chunk of a mean becomes the mean itself.
 template <DType kType>
-__global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80) sum_chunks_kernel(MeanArguments a, int64_t first) {
+__global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
+    sum_chunks_kernel(const __grid_constant__ MeanArguments a, int64_t first) {
   const int octets = blockDim.x, width = octets * 8, lane = threadIdx.y, channel = threadIdx.x * 8;
   extern __shared__ float shared[];
-  float* const lane_sums = shared;                                               // [kChunkLanes][width]
-  int* const missing = reinterpret_cast<int*>(shared + kChunkLanes * width);     // [width]
+  float* const lane_sums = shared;                                            // [kChunkLanes][width]
+  int* const missing = reinterpret_cast<int*>(shared + kChunkLanes * width);  // [width]
 
   const int64_t item = first + blockIdx.x;
   const int64_t chunk = item % a.chunks, mean = item / a.chunks % a.means, plane = item / a.chunks / a.means;
@@ -99,7 +100,8 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80) sum_chunks_kernel(M
 constexpr int kFoldChannels = 32;
 
 // One block for kFoldChannels channels of a mean: threadIdx.x counts channels, threadIdx.y lanes.
-__global__ void __launch_bounds__(kFoldChannels * kFoldLanes) fold_chunks_kernel(MeanArguments a, int64_t first) {
+__global__ void __launch_bounds__(kFoldChannels* kFoldLanes)
+    fold_chunks_kernel(const __grid_constant__ MeanArguments a, int64_t first) {
   __shared__ double sums[kFoldLanes][kFoldChannels];
   __shared__ int64_t counts[kFoldLanes][kFoldChannels];
   const int x = threadIdx.x, lane = threadIdx.y;
@@ -143,7 +145,7 @@ constexpr int kSubtractRows = 4;
 
 // Blocks run from the last rows to the first: the mean was taken in the other direction, and the cache knows the end.
 template <DType kIn, DType kOut>
-__global__ void __maxnreg__(80) subtract_mean_kernel(SubtractArguments a, int64_t last) {
+__global__ void __maxnreg__(80) subtract_mean_kernel(const __grid_constant__ SubtractArguments a, int64_t last) {
   const int64_t item = last - blockIdx.x, plane = item / a.tiles;
   const Plane where{plane / a.heads, plane % a.heads};
   const int step = blockDim.y, channel = threadIdx.x * 8;
@@ -151,10 +153,10 @@ __global__ void __maxnreg__(80) subtract_mean_kernel(SubtractArguments a, int64_
   const int lane = threadIdx.y, rows = static_cast<int>(min(a.x.tokens - base, int64_t{kSubtractRows * step}));
   Octet<kIn> raw[kSubtractRows];
   load_rows(raw, a.x, plane_of(a.x, where), base + lane, step, a.x.tokens, channel);
-  char* const to = plane_of(a.smoothed, where);
+  char* to = row_of(a.smoothed, plane_of(a.smoothed, where), base + lane);
   MeanOctet mean(a.means, where, base, channel);
 #pragma unroll
-  for (int i = 0; i < kSubtractRows; i++) {
+  for (int i = 0; i < kSubtractRows; i++, to += step * a.smoothed.token_stride) {
     const int local = lane + i * step;
     if (local >= rows) break;
     mean.seek(local);
@@ -162,7 +164,7 @@ __global__ void __maxnreg__(80) subtract_mean_kernel(SubtractArguments a, int64_
     unpack(raw[i], x);
 #pragma unroll
     for (int j = 0; j < 8; j++) x[j] -= mean[j];
-    store_octet(pack<kOut>(x), a.smoothed, to, base + local, channel);
+    store_octet(pack<kOut>(x), a.smoothed, to, channel);
   }
 }
 

@@ -12,18 +12,18 @@ struct PackArguments {
 };
 
 template <DType kType>
-__global__ void __maxnreg__(80) pack_kernel(PackArguments a, int64_t first) {
+__global__ void __maxnreg__(80) pack_kernel(const __grid_constant__ PackArguments a, int64_t first) {
   const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
   const int64_t item = first + blockIdx.x, plane = item / a.tiles;
   const Plane where{plane / a.heads, plane % a.heads};
   const int64_t row = item % a.tiles * (kRows * step) + lane;
   Octet<kType> raw[kRows];
   load_rows(raw, a.from, plane_of(a.from, where), row, step, a.from.tokens, channel);
-  char* const to = plane_of(a.to, where);
+  char* to = row_of(a.to, plane_of(a.to, where), row);
 #pragma unroll
-  for (int i = 0; i < kRows; i++) {
+  for (int i = 0; i < kRows; i++, to += step * a.to.token_stride) {
     if (row + i * step >= a.to.tokens) break;
-    store_octet(raw[i], a.to, to, row + i * step, channel);
+    store_octet(raw[i], a.to, to, channel);
   }
 }
 

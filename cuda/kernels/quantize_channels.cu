@@ -18,7 +18,7 @@ struct ChannelArguments {
 
 template <DType kType, DType kCode>
 __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
-    quantize_channels_kernel(ChannelArguments a, int64_t last) {
+    quantize_channels_kernel(const __grid_constant__ ChannelArguments a, int64_t last) {
   const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
   const int64_t item = last - blockIdx.x, tile = item % a.tiles, plane = item / a.tiles;
   const Plane where{plane / a.heads, plane % a.heads};
@@ -30,17 +30,18 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     const bool known = channel + j < a.x.channels;
-    const Scale scale = make_scale(known ? float_of(__ldg(&a.amax[plane * a.x.channels + channel + j])) : 0.0f, a.range);
+    const Scale scale =
+        make_scale(known ? float_of(__ldg(&a.amax[plane * a.x.channels + channel + j])) : 0.0f, a.range);
     inverses[j] = scale.inverse;
     if (tile == 0 && lane == 0 && known) float_at(a.scales, plane_of(a.scales, where), 0, channel + j) = scale.scale;
   }
 
   MeanOctet mean(a.means, where, base, channel);
-  char* const to = plane_of(a.codes, where);
+  char* to = row_of(a.codes, plane_of(a.codes, where), base + lane);
   const int rows = static_cast<int>(min(a.codes.tokens - base, int64_t{kRows * step}));
   const int known_rows = static_cast<int>(min(a.x.tokens - base, int64_t{kRows * step}));
 #pragma unroll
-  for (int i = 0; i < kRows; i++) {
+  for (int i = 0; i < kRows; i++, to += step * a.codes.token_stride) {
     const int local = lane + i * step;
     if (local >= rows) break;
     Octet<kCode> code = {};
@@ -56,7 +57,7 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
       const auto each = [&](int j) { return inverses[j]; };
       code = largest < INFINITY ? encode_finite<kCode>(x, each) : encode_any<kCode>(x, each);
     }
-    store_octet(code, a.codes, to, base + local, channel);
+    store_octet(code, a.codes, to, channel);
   }
 }
 

@@ -94,7 +94,8 @@ constexpr int kThreads = 128, kTileColumns = 128, kDepth = 16;
 
 // A tile of 8 * kThreadRows rows and kTileColumns columns; every thread multiplies kThreadRows rows with 8 columns.
 template <int kThreadRows>
-__global__ void __launch_bounds__(kThreads) row_products_kernel(ProductArguments a, int64_t first) {
+__global__ void __launch_bounds__(kThreads)
+    row_products_kernel(const __grid_constant__ ProductArguments a, int64_t first) {
   constexpr int kTileRows = 8 * kThreadRows;
   __shared__ float rows[kDepth][kTileRows + 4], columns[kDepth][kTileColumns + 4];
   const int64_t item = first + blockIdx.x, tile = item / a.column_tiles, plane = tile / a.row_tiles;
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) row_products_kernel(ProductArguments
 
 constexpr int kRows = 4;  // of one thread
 
-__global__ void __maxnreg__(128) single_column_kernel(ProductArguments a, int64_t first) {
+__global__ void __maxnreg__(128) single_column_kernel(const __grid_constant__ ProductArguments a, int64_t first) {
   const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
   const int64_t item = first + blockIdx.x, plane = item / a.row_tiles, base = item % a.row_tiles * (kRows * step);
   const Plane where{plane / a.heads, plane % a.heads};
@@ -203,9 +204,8 @@ void launch_row_products(const ProductOperand& rows, const ProductOperand& colum
   if (columns.x.tokens() == 1) {
     const dim3 block = block_of(rows.x.channels());
     a.row_tiles = (rows.x.tokens() + kRows * block.y - 1) / (kRows * block.y);
-    launch_items(planes * a.row_tiles, [&](int64_t first, unsigned blocks) {
-      single_column_kernel<<<blocks, block, 0, stream>>>(a, first);
-    });
+    launch_items(planes * a.row_tiles,
+                 [&](int64_t first, unsigned blocks) { single_column_kernel<<<blocks, block, 0, stream>>>(a, first); });
   } else if (rows.x.tokens() <= 16) {
     launch_tiles<2>(a, planes, stream);
   } else {

@@ -332,8 +332,8 @@ class CudaStream final : public Stream {
     }
     if (plan.smooth_k && op.lse) {
       run.lse_shift = dense(memory.at(layout.lse_shift), DType::kF32, batch, q_heads, nq, 1);
-      launch_row_products({op.q, {}, Grouping::kToken, 1, {}, 1, false}, {k_mean, {}, Grouping::kToken, 1, {}, 1, false},
-                          op.scale, run.lse_shift, stream_);
+      launch_row_products({op.q, {}, Grouping::kToken, 1, {}, 1, false},
+                          {k_mean, {}, Grouping::kToken, 1, {}, 1, false}, op.scale, run.lse_shift, stream_);
     }
 
     run.v = op.v;
@@ -377,7 +377,8 @@ class CudaStream final : public Stream {
       run.delta = dense(memory.at(layout.delta), DType::kF32, batch, q_heads, layout.deltas, nk);
       run.delta_rows = needs.delta_rows;
       launch_row_products({op.q_mean, {}, Grouping::kToken, 1, {}, 1, false},
-                          {op.k, op.k_scales, plan.k_grouping, plan.k_group_rows, {}, 1, false}, 1.0f, run.delta, stream_);
+                          {op.k, op.k_scales, plan.k_grouping, plan.k_group_rows, {}, 1, false}, 1.0f, run.delta,
+                          stream_);
     }
     if (needs.lse_shift) {
       run.lse_shift = dense(memory.at(layout.lse_shift), DType::kF32, batch, q_heads, nq, 1);

@@ -20,7 +20,7 @@ struct Tensor {
   int64_t unit_stride;  // from a channel to the next; INT4: from a pair of channels to the next
   int64_t tokens;
   int channels;
-  bool vectors;         // octets are contiguous, aligned and whole
+  bool vectors;  // octets are contiguous, aligned and whole
 };
 
 inline Tensor make_tensor(const View& view) {
@@ -55,13 +55,13 @@ __device__ __forceinline__ float& float_at(const Tensor& tensor, char* plane, in
 // ---- octets -----------------------------------------------------------------------------------------------------
 
 template <DType kType>
-constexpr int kBits = kType == DType::kF32                               ? 32
+constexpr int kBits = kType == DType::kF32                            ? 32
                       : kType == DType::kF16 || kType == DType::kBF16 ? 16
                       : kType == DType::kI4                           ? 4
                                                                       : 8;
 
 template <DType kType>
-struct Octet {
+struct alignas(kBits<kType> < 16 ? kBits<kType> : 16) Octet {
   static constexpr int kBytes = kBits<kType>;
   static constexpr int kUnitBytes = kBytes < 8 ? 1 : kBytes / 8;  // what is addressed on its own
   static constexpr int kUnits = kBytes / kUnitBytes;
@@ -88,6 +88,30 @@ template <int kBytes>
 using VectorOf = std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>;
 template <int kBytes>
 using UnitOf = std::conditional_t<kBytes == 1, uint8_t, std::conditional_t<kBytes == 2, uint16_t, uint32_t>>;
+
+// Unit by unit; out of line, as it is rare and would crowd the instruction cache.
+template <DType kType>
+__device__ __noinline__ Octet<kType> gather_octet(const char* from, int64_t unit_stride, int units) {
+  using Row = Octet<kType>;
+  using Unit = UnitOf<Row::kUnitBytes>;
+  Row octet = {};
+#pragma unroll 1
+  for (int j = 0; j < Row::kUnits; j++) {
+    octet.shift_in(j < units ? *reinterpret_cast<const Unit*>(from + j * unit_stride) : Unit{0});
+  }
+  return octet;
+}
+
+template <DType kType>
+__device__ __noinline__ void scatter_octet(Octet<kType> octet, char* to, int64_t unit_stride, int units) {
+  using Row = Octet<kType>;
+  using Unit = UnitOf<Row::kUnitBytes>;
+#pragma unroll 1
+  for (int j = 0; j < units; j++) {
+    *reinterpret_cast<Unit*>(to + j * unit_stride) = static_cast<Unit>(octet.word[0]);
+    octet.shift_in(0);
+  }
+}
 
 // Loads the octets of rows row, row + step, ... below `end`; rows and channels beyond are zero.
 template <DType kType, int kRows>
@@ -118,39 +142,32 @@ __device__ __forceinline__ void load_rows(Octet<kType> (&rows)[kRows], const Ten
     from += channel * Row::kUnits / 8 * tensor.unit_stride;
 #pragma unroll
     for (int i = 0; i < kRows; i++, from += stride) {
-      if (row + i * step >= end) continue;
-#pragma unroll 1
-      for (int j = 0; j < Row::kUnits; j++) {
-        using Unit = UnitOf<Row::kUnitBytes>;
-        rows[i].shift_in(j < units ? *reinterpret_cast<const Unit*>(from + j * tensor.unit_stride) : Unit{0});
-      }
+      if (row + i * step < end) rows[i] = gather_octet<kType>(from, tensor.unit_stride, units);
     }
   }
 }
 
+// Stores the octet that begins at `channel` of the row at `to`.
 template <DType kType>
-__device__ __forceinline__ void store_octet(const Octet<kType>& octet, const Tensor& tensor, char* plane, int64_t row,
-                                            int channel) {
+__device__ __forceinline__ void store_octet(const Octet<kType>& octet, const Tensor& tensor, char* to, int channel) {
   using Row = Octet<kType>;
-  char* to = plane + row * tensor.token_stride;
   if (tensor.vectors) {
     using Vector = VectorOf<Row::kBytes>;
     if (channel >= tensor.channels) return;
+    auto* vectors = reinterpret_cast<Vector*>(to + channel / 8 * Row::kBytes);
 #pragma unroll
     for (int j = 0; j < Row::kBytes / static_cast<int>(sizeof(Vector)); j++) {
-      reinterpret_cast<Vector*>(to + channel / 8 * Row::kBytes)[j] = reinterpret_cast<const Vector*>(octet.word)[j];
+      vectors[j] = reinterpret_cast<const Vector*>(octet.word)[j];
     }
   } else {
     const int units = units_left<Row>(tensor, channel);
-    to += channel * Row::kUnits / 8 * tensor.unit_stride;
-    Row rest = octet;
-#pragma unroll 1
-    for (int j = 0; j < units; j++) {
-      using Unit = UnitOf<Row::kUnitBytes>;
-      *reinterpret_cast<Unit*>(to + j * tensor.unit_stride) = static_cast<Unit>(rest.word[0]);
-      rest.shift_in(0);
-    }
+    scatter_octet(octet, to + channel * Row::kUnits / 8 * tensor.unit_stride, tensor.unit_stride, units);
   }
+}
+
+// The first row of a thread that goes from row to row.
+__device__ __forceinline__ char* row_of(const Tensor& tensor, char* plane, int64_t row) {
+  return plane + row * tensor.token_stride;
 }
 
 // ---- octets as floats -------------------------------------------------------------------------------------------
@@ -218,16 +235,6 @@ __device__ __forceinline__ Octet<kType> pack(const float (&x)[8]) {
     }
   }
   return octet;
-}
-
-// Keeps the compiler from holding on to what it has unpacked: registers are dearer than unpacking again.
-template <DType kType, int kRows>
-__device__ __forceinline__ void forget_unpacked(Octet<kType> (&rows)[kRows]) {
-#pragma unroll
-  for (auto& row : rows) {
-#pragma unroll
-    for (uint32_t& word : row.word) asm volatile("" : "+r"(word));
-  }
 }
 
 // max(|a|, |b|); NaN if either is.
@@ -333,14 +340,20 @@ class MeanOctet {
     const int64_t index = runs_.of(local);
     if (!present() || index == index_) return;
     index_ = index;
-    Octet<DType::kF32> octet[1];
-    load_rows(octet, *tensor_, plane_, index, 1, index + 1, channel_);
-    unpack(octet[0], value_);
+    unpack(fetch(*tensor_, plane_, index, channel_), value_);
   }
 
   __device__ __forceinline__ float operator[](int j) const { return value_[j]; }
 
  private:
+  // Out of line: called once for a run of rows, but from every row.
+  static __device__ __noinline__ Octet<DType::kF32> fetch(const Tensor& tensor, const char* plane, int64_t index,
+                                                          int channel) {
+    Octet<DType::kF32> octet[1];
+    load_rows(octet, tensor, plane, index, 1, index + 1, channel);
+    return octet[0];
+  }
+
   const Tensor* tensor_;
   const char* plane_;
   RunWindow runs_;

@@ -24,7 +24,8 @@ __device__ __forceinline__ uint32_t scale_exponent(float amax, float largest) {
 }
 
 template <DType kType>
-__global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80) values_kernel(ValueArguments a, int64_t last) {
+__global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
+    values_kernel(const __grid_constant__ ValueArguments a, int64_t last) {
   const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
   const int64_t item = last - blockIdx.x, tile = item % a.tiles, plane = item / a.tiles;
   const Plane where{plane / a.heads, plane % a.heads};
@@ -46,17 +47,17 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80) values_kernel(Value
 
   MeanOctet mean(a.means, where, base, channel);
   mean.seek(0);
-  char* const to = plane_of(a.v16, where);
+  char* to = row_of(a.v16, plane_of(a.v16, where), base + lane);
   const int rows = static_cast<int>(min(a.v.tokens - base, int64_t{kRows * step}));
 #pragma unroll
-  for (int i = 0; i < kRows; i++) {
+  for (int i = 0; i < kRows; i++, to += step * a.v16.token_stride) {
     const int local = lane + i * step;
     if (local >= rows) break;
     float x[8];
     unpack(raw[i], x);
 #pragma unroll
     for (int j = 0; j < 8; j++) x[j] = (x[j] - mean[j]) * inverse[j];
-    store_octet(pack<DType::kF16>(x), a.v16, to, base + local, channel);
+    store_octet(pack<DType::kF16>(x), a.v16, to, channel);
   }
 }
 
