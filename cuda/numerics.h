@@ -154,7 +154,14 @@ SAGE_HD int64_t group_count(Grouping grouping, int64_t rows, int64_t group_rows)
 // values of rows r, r + kChunkLanes, ... in f32, in that order, starting from +0; lanes are then folded in
 // halves (lane r += lane r + step for step = 8, 4, 2, 1). Chunk sums are folded in f64: lane c of kFoldLanes
 // adds chunks c, c + kFoldLanes, ... in order, and the lanes are folded in halves (16, 8, 4, 2, 1). The mean is
-// f32(f64 sum / f64 count of finite values), 0 where there is none.
+// mean_of(f64 sum, count of finite values).
+
+// f32(sum / count), but 0 where there is no finite value, and where the mean is so large (or has overflowed) that
+// subtracting it could lose or overflow a value: any constant is an exact shift, so none is as good.
+SAGE_HD float mean_of(double sum, int64_t count) {
+  const float mean = count == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(count));
+  return fabsf(mean) < 0x1p119f ? mean : 0.0f;
+}
 
 constexpr int kChunkRows = 128;
 constexpr int kChunkLanes = 16;

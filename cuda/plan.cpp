@@ -120,9 +120,9 @@ Plan plan_attention_quantized(const AttentionShape& shape, const sage_attention_
 
 // ---- the CPU device -------------------------------------------------------------------------------------
 
-// sage1 everywhere: the most accurate of the quantized kernels.
+// sage1 everywhere: measured, it is faster than flash, and closer to it than any other quantized kernel.
 Kernel cpu_auto_kernel(const AttentionShape&, std::string& reason) {
-  reason = "auto: sage1 is the most accurate quantized kernel on the CPU device";
+  reason = "auto: sage1 is faster than flash on the CPU device, and the most accurate of the quantized kernels";
   return Kernel::kSage1;
 }
 

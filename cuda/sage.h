@@ -129,7 +129,7 @@ typedef struct sage_smooth_call {
   uint32_t block_rows; /* 0: one mean over all tokens; else one for every block_rows rows (queries: 128) */
   uint64_t stream;
   sage_tensor x;        /* [B, H, N, D] f32, f16 or bf16 */
-  sage_tensor mean;     /* written: [B, H, 1 or ceil(N / block_rows), D] f32; rows that are not finite do not count */
+  sage_tensor mean;     /* written: [B, H, 1 or ceil(N / block_rows), D] f32; values that are not finite do not count */
   sage_tensor smoothed; /* optional, written: x - mean, [B, H, N, D] f32, f16 or bf16 */
 } sage_smooth_call;
 

@@ -157,7 +157,7 @@ export function referenceAttention(
 
 // ---- means --------------------------------------------------------------------------------------------
 
-/** The mean of the finite ones of some values, summed in the order that numerics.h fixes. */
+/** The mean of the finite ones of some values, summed in the order that numerics.h fixes; 0 where it is huge. */
 export function referenceMean(column: readonly number[]): number {
   const fold = (lanes: number[], add: (a: number, b: number) => number) => {
     for (let step = lanes.length / 2; step >= 1; step /= 2) {
@@ -174,7 +174,8 @@ export function referenceMean(column: readonly number[]): number {
     chunks[start / 128 % 32] += fold(lanes, (a, b) => Math.fround(a + b));
   }
   const finite = column.filter(Number.isFinite).length;
-  return finite === 0 ? 0 : Math.fround(fold(chunks, (a, b) => a + b) / finite);
+  const mean = Math.fround(fold(chunks, (a, b) => a + b) / finite); // NaN where there is none
+  return Math.abs(mean) < 2 ** 119 ? mean : 0;
 }
 
 /** Means of every `blockRows` rows: [B, H, ⌈N / blockRows⌉, D]. */

@@ -156,16 +156,6 @@ Attention prepare(const QuantizedAttentionOp& op, Arena& arena) {
   return a;
 }
 
-// A mean that is out of range (of huge values, or by overflow) would lose what it is subtracted from.
-void drop_huge_means(const View& mean) {
-  if (!mean) return;
-  float* values = static_cast<float*>(mean.data);
-  const int64_t count = mean.batch() * mean.heads() * mean.tokens() * mean.channels();
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(std::fabs(values[i]) < 0x1p119f)) values[i] = 0.0f;
-  }
-}
-
 void pack_and_attend(const Attention& a, Pool& pool) {
   const int64_t tiles = a.k.batch() * a.k.heads() * a.tiles();
   if (scales_values(a)) {
@@ -226,7 +216,6 @@ void attention(const AttentionOp& op, void* workspace, Pool& pool) {
     }
   };
   pool.run(k_means + v_means + q_means, std::cref(take_means));
-  for (const View& mean : {a.q_mean, a.k_mean, a.v_mean}) drop_huge_means(mean);
 
   if (a.kernel != Kernel::kFlash) {
     const int64_t v_codes = steps.quantizes_values ? quantize_tasks(steps.v) : 0;

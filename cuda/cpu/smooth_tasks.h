@@ -52,7 +52,7 @@ void mean(const SmoothOp& op, int64_t task) {
   }
   float result[kSliceChannels];
   for (int c = 0; c < channels; ++c) {
-    result[c] = total_counts[c] ? float(folds[0][c] / double(total_counts[c])) : 0.0f;
+    result[c] = mean_of(folds[0][c], total_counts[c]);
   }
   store_row(op.mean, b, h, block, first, channels, result);
 }

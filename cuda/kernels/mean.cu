@@ -15,10 +15,6 @@ struct MeanArguments {
   uint8_t* counts;
 };
 
-__device__ __forceinline__ float quotient(double sum, int64_t count) {
-  return count == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(count));
-}
-
 // One block a chunk, one lane of the chunk a thread row. The only chunk of a mean becomes the mean itself.
 template <DType kType>
 __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
@@ -89,7 +85,7 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
     }
     const int count = rows - missing[c];
     if (a.chunks == 1) {
-      float_at(a.mean, plane_of(a.mean, where), mean, c) = quotient(lanes[0], count);
+      float_at(a.mean, plane_of(a.mean, where), mean, c) = mean_of(lanes[0], count);
     } else {
       a.sums[item * a.x.channels + c] = lanes[0];
       a.counts[item * a.x.channels + c] = static_cast<uint8_t>(count);
@@ -131,7 +127,7 @@ __global__ void __launch_bounds__(kFoldChannels* kFoldLanes)
   }
   if (lane == 0 && channel < a.x.channels) {
     const Plane where{plane / a.heads, plane % a.heads};
-    float_at(a.mean, plane_of(a.mean, where), mean, channel) = quotient(sum, count);
+    float_at(a.mean, plane_of(a.mean, where), mean, channel) = mean_of(sum, count);
   }
 }
 
