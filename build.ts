@@ -180,11 +180,20 @@ async function chooseFlags(host: HostCompiler, target: Target, debug: boolean): 
   };
 }
 
-function gencode(architectures: string[], ptx: string[]): string[] {
-  return [
-    ...architectures.map((name) => `-gencode=arch=compute_${name},code=sm_${name}`),
-    ...ptx.map((name) => `-gencode=arch=compute_${name},code=compute_${name}`),
+/** Feature levels that portable sources tell apart; nvcc's front end runs once for each. */
+function featureLevel(architecture: string): string {
+  return parseInt(architecture) < 89 ? "80" : "89";
+}
+
+/** Code of portable sources: nothing in them needs the features of one architecture alone. */
+function portableCode(architectures: string[], ptx: string[]): string[] {
+  const codes = [
+    ...architectures.map((name) => [featureLevel(name), `sm_${name.replace(/[af]$/, "")}`]),
+    ...ptx.map((name) => [featureLevel(name), `compute_${name}`]),
   ];
+  return [...Map.groupBy(codes, ([level]) => level)].map(([level, group]) =>
+    `-gencode=arch=compute_${level},code=[${group.map(([, code]) => code).join(",")}]`
+  );
 }
 
 interface Constants {
@@ -220,8 +229,8 @@ async function planUnits(
       };
     }
     const code = source.startsWith(hopperFolder)
-      ? gencode(["90a"], [])
-      : gencode(target.architectures, target.ptx);
+      ? ["-gencode=arch=compute_90a,code=sm_90a"]
+      : portableCode(target.architectures, target.ptx);
     return {
       source,
       object: object(variant),
@@ -232,7 +241,7 @@ async function planUnits(
         ...contractingSources.test(source) ? [] : ["-fmad=false"],
         ...code,
       ],
-      speed: [`--threads=${Math.min(options.jobs, code.length)}`],
+      speed: [`--threads=${options.jobs}`],
     };
   });
 }

@@ -23,17 +23,25 @@ const head = 78, gap = 14;
 const light = ["#5b6572", "#0b62c4", "#0a8f86", "#c2410c", "#8a2ea8", "#a16207"];
 const dark = ["#aab4c0", "#66a9ff", "#3fd0c4", "#ff9a5c", "#d896f0", "#e8c04a"];
 
+// Plain classes: image viewers other than browsers know no CSS variables.
 const style = `
-svg { font: 12px system-ui, sans-serif; background: var(--paper); color: var(--ink);
-  --paper: #fff; --ink: #1c2128; --faint: #6b7480; --line: #e3e6ea; ${variables(light)} }
-@media (prefers-color-scheme: dark) { svg { --paper: #14171c; --ink: #e6e9ee; --faint: #98a2ae; --line: #2a2f37;
-  ${variables(dark)} } }
-text { fill: var(--ink); } .faint { fill: var(--faint); } .title { font-size: 18px; font-weight: 600; }
-.panel { font-size: 13px; font-weight: 600; } .grid { stroke: var(--line); } .label { font-weight: 600; }
-.lead { stroke: var(--faint); stroke-width: .7; }`;
+svg { font: 12px system-ui, sans-serif; } .title { font-size: 18px; font-weight: 600; }
+.panel { font-size: 13px; font-weight: 600; } .label { font-weight: 600; } .lead { stroke-width: .7; }
+${palette("#fff", "#1c2128", "#6b7480", "#e3e6ea", light)}
+@media (prefers-color-scheme: dark) {
+${palette("#14171c", "#e6e9ee", "#98a2ae", "#2a2f37", dark)}
+}`;
 
-function variables(colours: string[]): string {
-  return colours.map((colour, i) => `--k${i}: ${colour};`).join(" ");
+function palette(
+  paper: string,
+  ink: string,
+  faint: string,
+  line: string,
+  kernels: string[],
+): string {
+  return `.paper { fill: ${paper}; } text { fill: ${ink}; } .faint { fill: ${faint}; } ` +
+    `.grid { stroke: ${line}; } .lead { stroke: ${faint}; } ` +
+    kernels.map((colour, i) => `.k${i} { fill: ${colour}; }`).join(" ");
 }
 
 function escape(text: string): string {
@@ -105,10 +113,10 @@ function place(x: number, y: number, width: number, taken: Box[], frame: Box): B
     candidates.find(inside) ?? candidates[0];
 }
 
-function shape(device: string, x: number, y: number, colour: string): string {
+function shape(device: string, x: number, y: number, kind: string): string {
   return device === "cpu"
-    ? `<circle cx="${x}" cy="${y}" r="5" fill="${colour}"/>`
-    : `<path d="M${x} ${y - 6.5}l6.5 6.5-6.5 6.5-6.5-6.5z" fill="${colour}"/>`;
+    ? `<circle cx="${x}" cy="${y}" r="5" class="${kind}"/>`
+    : `<path d="M${x} ${y - 6.5}l6.5 6.5-6.5 6.5-6.5-6.5z" class="${kind}"/>`;
 }
 
 function drawPanel({ title, marks }: Panel): string {
@@ -147,7 +155,7 @@ function drawPanel({ title, marks }: Panel): string {
     ...mark,
     left: x.at(mark.milliseconds),
     top: y.at(mark.relativeL1),
-    colour: `var(--k${Math.max(0, kernels.indexOf(mark.kernel))})`,
+    kind: `k${Math.max(0, kernels.indexOf(mark.kernel))}`,
   }));
   const taken: Box[] = points.map(({ left, top }) => ({
     x: left - 6,
@@ -155,7 +163,7 @@ function drawPanel({ title, marks }: Panel): string {
     width: 12,
     height: 12,
   }));
-  for (const { kernel, left, top, colour } of points.sort((a, b) => a.top - b.top)) {
+  for (const { kernel, left, top, kind } of points.sort((a, b) => a.top - b.top)) {
     const box = place(left, top, kernel.length * 7.8, taken, frame);
     taken.push(box);
     const middle = box.y + box.height / 2, after = box.x > left;
@@ -168,15 +176,13 @@ function drawPanel({ title, marks }: Panel): string {
       );
     }
     parts.push(
-      `<text class="label" x="${(after ? box.x : box.x + box.width).toFixed(1)}" ` +
-        `y="${(middle + 4).toFixed(1)}" text-anchor="${
-          after ? "start" : "end"
-        }" style="fill:${colour}">` +
+      `<text class="label ${kind}" x="${(after ? box.x : box.x + box.width).toFixed(1)}" ` +
+        `y="${(middle + 4).toFixed(1)}" text-anchor="${after ? "start" : "end"}">` +
         `${kernel}</text>`,
     );
   }
-  for (const { device, left, top, colour } of points) {
-    parts.push(shape(device, Number(left.toFixed(1)), Number(top.toFixed(1)), colour));
+  for (const { device, left, top, kind } of points) {
+    parts.push(shape(device, Number(left.toFixed(1)), Number(top.toFixed(1)), kind));
   }
   return parts.join("\n");
 }
@@ -194,7 +200,7 @@ export function picture(panels: Panel[], devices: [string, string][]): string {
   const height = head + rows * (panelHeight + gap);
   const legend = devices.map(([device, name], i) => {
     const left = width - 300, top = 30 + 22 * i;
-    return shape(device, left, top, "var(--faint)") +
+    return shape(device, left, top, "faint") +
       `<text class="faint" x="${left + 14}" y="${top + 4}">${escape(`${device}: ${name}`)}</text>`;
   });
   const drawn = panels.map((panel, i) => {
@@ -204,7 +210,7 @@ export function picture(panels: Panel[], devices: [string, string][]): string {
   });
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" role="img" aria-label="Error against time of every attention kernel">
 <style>${style}</style>
-<rect width="100%" height="100%" fill="var(--paper)"/>
+<rect width="100%" height="100%" class="paper"/>
 <text class="title" x="${gap + 10}" y="34">Attention kernels: error against time</text>
 <text class="faint" x="${
     gap + 10
