@@ -33,8 +33,11 @@ const root = fromFileUrl(new URL(".", import.meta.url)).replace(/\/$/, "");
 const libraryName = "libsage.so";
 const bundleName = "sage_attention.js";
 
-/** Architectures of `--arch all`; newer GPUs compile the PTX of the first one when they load it. */
-const allArchitectures = ["80", "86", "89", "90a", "100", "120"];
+/**
+ * Architectures of `--arch all`. Code for 8.0 runs on every 8.x; newer GPUs than Hopper compile the PTX of the first
+ * one when they load it, until there are kernels of their own.
+ */
+const allArchitectures = ["80", "90a"];
 const fallbackPtx = "80";
 
 /** Sums of products, in which a * b + c may round once; all else must equal the CPU's results bit for bit. */
@@ -159,7 +162,13 @@ async function chooseFlags(host: HostCompiler, target: Target, debug: boolean): 
   const staticStandardLibrary = await hasStaticLibrary(host, "libstdc++.a")
     ? ["-static-libstdc++", "-static-libgcc"]
     : [];
-  const linker = ["--no-undefined", "-z,nodelete", "-z,relro", "-z,now", "--exclude-libs,ALL"];
+  const linker = [
+    "--no-undefined",
+    "--version-script=cuda/exports.map",
+    "-z,nodelete",
+    "-z,relro",
+    "-z,now",
+  ];
   return {
     host: [...common, ...position, ...warnings, "-Werror"],
     cuda: target.cuda

@@ -69,6 +69,26 @@ function accuracy(results: Results): string {
   return table(["relative L1", ...files.map((file) => file.replaceAll("-", " "))], body);
 }
 
+const preparations: [string, Select][] = [
+  ["queries to INT8 per thread", (row) => row.operand === "query" && !row.smooth],
+  ["keys to INT8 per thread, smoothed", (row) => row.operand === "key" && row.smooth === true],
+  ["values to FP8 per channel", (row) => row.kernel === "e4m3 channel"],
+  ["smoothing alone", (row) => row.group === "smooth" && row.blockRows === undefined],
+];
+
+function bandwidth({ rows, copyTbs }: Results): string {
+  const at128 = rows.filter(({ group, kernel, headDim }) =>
+    headDim === 128 &&
+    (group === "smooth" || (group === "quantize" && /thread|channel/.test(kernel)))
+  );
+  const parts = preparations.flatMap(([name, select]) => {
+    const row = at128.find((row) => select(row) && !row.kernel.startsWith("i4"));
+    return row ? [`${name} ${row.tbs!.toFixed(2)}`] : [];
+  });
+  const copy = copyTbs === undefined ? "" : `; a copy reaches ${copyTbs.toFixed(2)}`;
+  return `Bytes that must move, in TB/s at D 128: ${parts.join(", ")}${copy}.`;
+}
+
 /** The text between the markers. */
 export function figures(results: Results): string {
   const { device, driver, date, clocks, source } = results;
@@ -79,6 +99,8 @@ ${date.slice(0, 10)}, sources \`${
 D 256), batch · tokens at most 32k.
 
 ${speed(results)}
+
+${bandwidth(results)}
 
 Error against float64 on the same GPU, on the tensors of [tests/data](tests/data):
 

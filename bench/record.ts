@@ -369,7 +369,7 @@ await runTask(async () => {
     const target = join(root, `bench/results/${fileName(name)}.json`);
     await Deno.mkdir(join(root, "bench/results"), { recursive: true });
     await Deno.writeTextFile(target, JSON.stringify(results, rounded, 1) + "\n");
-    console.log(`written to ${target}`);
+    console.log(`written to ${target}; deno task figures puts an H200's into the README`);
   }
   if (tests.failed) Deno.exitCode = 1;
 });

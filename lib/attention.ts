@@ -81,17 +81,14 @@ export interface Results {
   [Symbol.dispose](): void;
 }
 
-/** Takes the output tensor from the options, or makes it; the same for log-sum-exp. */
-export function makeResults(
+/** Refuses an output that was given but does not fit; the shape is [batch, heads, tokens, channels]. */
+function checkOut(
   action: string,
-  device: Device,
   stream: Stream,
-  shape: Shape, // of the output, [batch, heads, tokens, channels]
-  layout: Layout,
-  dtype: FloatDType,
-  options: FlashAttentionOptions & LseOption,
-): Results {
-  const { out: given, outDtype, returnLse } = options;
+  shape: Shape,
+  options: FlashAttentionOptions,
+): void {
+  const { out: given, outDtype } = options;
   if (outDtype !== undefined) checkOneOf(action, "outDtype", outDtype, floatDTypes);
   if (given !== undefined) {
     const { geometry } = interiorOf(action, "out", given, stream);
@@ -106,6 +103,20 @@ export function makeResults(
     }
     checkOneOf(action, "out.dtype", given.dtype, floatDTypes);
   }
+}
+
+/** Takes the output tensor from the options, or makes it; the same for log-sum-exp. */
+export function makeResults(
+  action: string,
+  device: Device,
+  stream: Stream,
+  shape: Shape, // of the output, [batch, heads, tokens, channels]
+  layout: Layout,
+  dtype: FloatDType,
+  options: FlashAttentionOptions & LseOption,
+): Results {
+  const { out: given, outDtype, returnLse } = options;
+  checkOut(action, stream, shape, options);
   const out = given ?? device.empty(permute(shape, layout), { dtype: outDtype ?? dtype, layout });
   const drop = () => given ?? out.dispose();
   try {
@@ -405,10 +416,10 @@ export function explain(
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   checkShapes(action, qSpec.geometry.shape, kSpec.geometry.shape, vSpec.geometry.shape);
   const [batch, heads, tokens] = qSpec.geometry.shape;
-  const outDtype = rest.outDtype ?? rest.out?.dtype ?? q.dtype as FloatDType;
-  checkOneOf(action, "outDtype", outDtype, floatDTypes);
-  const shape = permute([batch, heads, tokens, vSpec.geometry.shape[3]], qSpec.geometry.layout);
-  const out = { shape, dtype: outDtype, layout: qSpec.geometry.layout };
+  const outShape: Shape = [batch, heads, tokens, vSpec.geometry.shape[3]];
+  checkOut(action, stream, outShape, rest);
+  const { layout } = qSpec.geometry, shape = permute(outShape, layout);
+  const { outDtype: dtype = q.dtype as FloatDType, out = { shape, dtype, layout } } = rest;
   writeCall(stream, qSpec.bytes, kSpec.bytes, vSpec.bytes, rest);
   call.setStruct(attentionStruct.o, specify(action, "out", out, stream).bytes);
   plan.reset();

@@ -270,8 +270,9 @@ export class Device {
   tensor(data: TensorData, shape: readonly number[], options: TensorOptions = {}): Tensor {
     const action = "make a tensor";
     checkOptions(action, options, ["dtype", "layout"]);
+    const { layout = "HND" } = options;
     const dtype = dtypeOfArray(action, data, options.dtype);
-    const geometry = denseGeometry(action, "shape", shape, dtype, options.layout ?? "HND");
+    const geometry = denseGeometry(action, "shape", shape, dtype, layout);
     const bytes = hostBytes(action, data, dtype, denseBytes(geometry));
     const storage = this.#stream.allocate(bytes.length);
     try {

@@ -43,6 +43,7 @@ export type NativeFunctions = NativeLibrary["symbols"];
 
 /** Loads the library at a path; one of another ABI version is refused before anything else is called. */
 export function open(path: string): NativeLibrary {
+  checkWhole(path);
   const probe = dlopen(path, version);
   const found = probe.symbols.sage_abi_version();
   probe.close();
@@ -54,6 +55,30 @@ export function open(path: string): NativeLibrary {
     );
   }
   return dlopen(path, functions);
+}
+
+/** Refuses an ELF file that was cut short, if it may be read: mapping it would kill the process. */
+function checkWhole(path: string): void {
+  if (Deno.permissions.querySync({ name: "read", path }).state !== "granted") return;
+  let size: number;
+  const view = new DataView(new ArrayBuffer(64));
+  try {
+    using file = Deno.openSync(path);
+    size = file.statSync().size;
+    if (file.readSync(new Uint8Array(view.buffer)) !== 64) return;
+  } catch {
+    return; // loading it says why
+  }
+  if (view.getUint32(0) !== 0x7f454c46) return;
+  // Linkers put the section headers last: e_shoff + e_shentsize * e_shnum.
+  const end = Number(view.getBigUint64(40, true)) +
+    view.getUint16(58, true) * view.getUint16(60, true);
+  if (size >= end) return;
+  throw new LibraryNotFoundError(
+    "library-unusable",
+    `Cannot load the library ${path} as it must have ${end} bytes: current value is ${size}. ` +
+      `Build it again with "deno task build".`,
+  );
 }
 
 function dlopen<S extends Deno.ForeignLibraryInterface>(

@@ -88,8 +88,8 @@ export function smooth(x: Tensor, options: SmoothOptions = {}): Smoothed {
   checkOptions(action, options, ["blockRows", "outDtype"]);
   interiorOf(action, "x", x);
   const dtype = checkOneOf(action, "x.dtype", x.dtype as FloatDType, floatDTypes);
-  const outDtype = checkOneOf(action, "outDtype", options.outDtype ?? dtype, floatDTypes);
-  const { blockRows } = options;
+  const { blockRows, outDtype = dtype } = options;
+  checkOneOf(action, "outDtype", outDtype, floatDTypes);
   if (blockRows !== undefined) checkInteger(action, "blockRows", blockRows, 1, 2 ** 32 - 1);
   const smoothed = x.device.empty(x.shape, { dtype: outDtype, layout: x.layout });
   try {

@@ -297,6 +297,9 @@ export class Tensor<D extends DType = DType> {
     let offset = 0;
     const lengths = [ranges.batch, ranges.heads, ranges.tokens].map((range, i) => {
       const name = ["batch", "heads", "tokens"][i];
+      if (range !== undefined && (!Array.isArray(range) || range.length !== 2)) {
+        throw new TypeError(cannot(action, name, "be [from, to]", range));
+      }
       const [from, to] = range ?? [0, shape[i]];
       checkInteger(action, `${name}[0]`, from, 0, shape[i] - 1);
       checkInteger(action, `${name}[1]`, to, from + 1, shape[i]);

@@ -1,1055 +1,992 @@
-// Bad input is refused with the right error before anything runs, and nothing is lost or left behind.
-import { assert, assertEquals, assertStringIncludes } from "@std/assert";
+// Everything that can be done wrong: each a clear error of the right class, nothing left behind, and the next good
+// call works.
+import {
+  assert,
+  assertEquals,
+  assertInstanceOf,
+  assertRejects,
+  assertStringIncludes,
+  assertThrows,
+} from "@std/assert";
 import {
   attention,
   attentionQuantized,
+  buildInfo,
+  cosine,
   dequantize,
   Device,
   DisposedError,
   explain,
   flashAttention,
+  fromFloat32,
+  LibraryNotFoundError,
   NoDeviceError,
   OutOfMemoryError,
   quantize,
-  type QuantizedTensor,
+  relativeL1,
+  rmse,
   SageError,
   smooth,
   type Tensor,
+  toFloat32,
 } from "../mod.ts";
-import { deviceNames, deviceTest } from "./devices.ts";
+import { deviceNames, deviceTest, libraryPath } from "./devices.ts";
 
-// deno-lint-ignore no-explicit-any
-type Loose = any; // arguments that the types forbid
-
-/** What a case may use. */
-interface Fixture {
-  device: Device;
-  /** [1, 2, 16, 8] of f32, all ones. */
-  q: Tensor<"f32">;
-  k: Tensor<"f32">;
-  v: Tensor<"f32">;
-  /** A tensor that lives until the case is over. */
-  make(shape: readonly number[], options?: Loose): Tensor<Loose>;
-  /** A quantized tensor that lives as long. */
-  pack(x: Tensor, options: Loose): QuantizedTensor;
+/** A small call that must always work. */
+async function assertWorks(device: Device): Promise<void> {
+  using x = device.tensor(new Float16Array(2 * 64).fill(1), [1, 1, 2, 64]);
+  using out = attention(x, x, x, { kernel: "flash" });
+  assertEquals(await out.data(), new Float16Array(2 * 64).fill(1));
 }
 
-type ErrorClass = new (...args: Loose[]) => Error;
+// deno-lint-ignore no-explicit-any
+type Anything = any;
 
-/** A call that must be refused, the class of the error, and what its message must say. */
 interface Case {
   name: string;
-  call: (fixture: Fixture) => unknown;
-  error: ErrorClass;
+  act: (device: Device, x: Tensor<"f16">) => unknown;
+  error: new (...args: Anything[]) => Error;
   says: string[];
 }
 
-const length = 2 * 16 * 8;
-
-/** Attention over one key gives its value, exactly; the smallest call that shows the device still works. */
-async function worksStill(device: Device): Promise<void> {
-  using q = device.tensor(new Float16Array(2 * 16 * 64).fill(1), [1, 2, 16, 64]);
-  using v = device.tensor(new Float16Array(2 * 16 * 64).fill(3), [1, 2, 16, 64]);
-  using o = flashAttention(q, q, v);
-  assertEquals(await o.data(), new Float16Array(2 * 16 * 64).fill(3));
+function f16(
+  device: Device,
+  shape: readonly number[],
+  layout: "HND" | "NHD" = "HND",
+): Tensor<"f16"> {
+  return device.tensor(new Float16Array(shape.reduce((a, b) => a * b)), shape, { layout });
 }
 
-function fixtureOf(device: Device): Fixture & Disposable {
-  const made: Disposable[] = [];
-  const keep = <T extends Disposable>(one: T): T => {
-    made.push(one);
-    return one;
-  };
-  const ones = () =>
-    keep(device.tensor(new Float32Array(length).fill(1), [1, 2, 16, 8])) as Tensor<"f32">;
-  return {
-    device,
-    q: ones(),
-    k: ones(),
-    v: ones(),
-    make: (shape, options) => keep(device.empty(shape, options)),
-    pack: (x, options) => keep(quantize(x, options)),
-    [Symbol.dispose]() {
-      for (const one of made) one.dispose?.();
-      for (const one of made) one[Symbol.dispose]();
-    },
-  };
+/** Runs `act` on a tensor that is disposed afterwards. */
+function use<T extends Disposable, R>(resource: T, act: (resource: T) => R): R {
+  using held = resource;
+  return act(held);
 }
 
-function refuses(title: string, cases: readonly Case[]): void {
-  deviceTest(`bad input: ${title}`, async (device) => {
-    for (const { name, call, error, says } of cases) {
-      using fixture = fixtureOf(device);
-      const before = device.memory();
-      let thrown: unknown;
-      let returned: unknown;
-      try {
-        returned = await call(fixture);
-      } catch (caught) {
-        thrown = caught;
-      }
-      assert(thrown !== undefined, `${name}: nothing was refused, but ${returned} returned`);
-      assert(
-        thrown instanceof error && thrown.constructor === error,
-        `${name}: ${error.name} was expected, but there was ${thrown}`,
-      );
-      for (const words of says) assertStringIncludes(thrown.message, words, name);
-      assert(thrown.message.endsWith("."), `${name}: no sentence: ${thrown.message}`);
-      // What a case made besides is on the fixture's list.
-      assertEquals(device.memory().streams, before.streams, name);
-      await device.synchronize();
-    }
-    await worksStill(device);
-  });
+function detached<T extends Float32Array | Float16Array>(array: T): T {
+  structuredClone(array.buffer, { transfer: [array.buffer as ArrayBuffer] });
+  return array;
 }
 
-/** Cases of one call each that must allocate nothing and leave the fixture's tensors as they are. */
-function refusesCleanly(title: string, cases: readonly Case[]): void {
-  refuses(
-    title,
-    cases.map(({ call, ...rest }) => ({
-      ...rest,
-      call: async (fixture: Fixture) => {
-        const made = new Set<unknown>();
-        let { allocations, bytes } = fixture.device.memory();
-        const recount = <T>(one: T): T => {
-          made.add(one);
-          ({ allocations, bytes } = fixture.device.memory());
-          return one;
-        };
-        try {
-          return await call({
-            ...fixture,
-            make: (...args) => recount(fixture.make(...args)),
-            pack: (...args) => recount(fixture.pack(...args)),
-          });
-        } finally {
-          const after = fixture.device.memory();
-          assertEquals(
-            { allocations: after.allocations, bytes: after.bytes },
-            { allocations, bytes },
-            `${rest.name} left an allocation behind`,
-          );
-          const [q, v] = [await fixture.q.data(), await fixture.v.data()];
-          assertEquals(q, new Float32Array(length).fill(1), `${rest.name} changed q`);
-          assertEquals(v, new Float32Array(length).fill(1), `${rest.name} changed v`);
-        }
-      },
-    })),
-  );
+function shrunk(): Float32Array {
+  const buffer = new ArrayBuffer(64, { maxByteLength: 64 }), view = new Float32Array(buffer);
+  buffer.resize(8);
+  return view;
 }
 
-// ---- shapes -------------------------------------------------------------------------------------------
+const shape = [1, 4, 8, 64] as const; // of x
 
-const wrongRanks: readonly [string, Loose][] = [
-  ["none", []],
-  ["three", [2, 16, 8]],
-  ["five", [1, 1, 2, 16, 8]],
-];
-
-refusesCleanly("ranks and lengths of a tensor", [
-  ...wrongRanks.flatMap(([name, shape]): Case[] =>
-    (["tensor", "empty"] as const).map((method) => ({
-      name: `${method}() of ${name} dimensions`,
-      call: ({ device }) =>
-        method === "empty"
-          ? device.empty(shape)
-          : device.tensor(new Float32Array(length) as Loose, shape),
-      error: TypeError,
-      says: ["Cannot make a tensor", "4 dimensions", `current value is [${shape.join(", ")}]`],
-    }))
-  ),
-  ...[undefined, null, 4, "1,2,16,8", new Int32Array([1, 2, 16, 8]), { length: 4 }].map((
-    shape,
-  ): Case => ({
-    name: `shape ${shape}`,
-    call: ({ device }) => device.empty(shape as Loose),
+const cases: Case[] = [
+  // ---- tensors
+  {
+    name: "rank 3",
+    act: (device) => device.tensor(new Float32Array(8), [2, 2, 2]),
     error: TypeError,
-    says: ["Cannot make a tensor as shape must have 4 dimensions", "current value is"],
-  })),
-  ...[0, 1, 2, 3].flatMap((at): Case[] =>
-    ([
-      [0, RangeError, "0"],
-      [-1, RangeError, "-1"],
-      [1.5, RangeError, "1.5"],
-      [NaN, RangeError, "NaN"],
-      [Infinity, RangeError, "Infinity"],
-      [2 ** 53, RangeError, "9007199254740992"],
-      ["8", TypeError, `"8"`],
-      [8n, TypeError, "8n"],
-      [undefined, TypeError, "undefined"],
-    ] as [Loose, ErrorClass, string][]).map(([value, error, shown]) => ({
-      name: `shape[${at}] = ${shown}`,
-      call: ({ device }) => {
-        const shape = [1, 2, 16, 8];
-        shape[at] = value;
-        return device.empty(shape);
-      },
-      error,
-      says: [`shape[${at}] must be a whole number from 1 to 2^53 - 1: current value is ${shown}`],
-    }))
-  ),
-  ...[
-    [2 ** 52, 2 ** 52, 2 ** 52, 2 ** 52],
-    [2 ** 32, 2 ** 32, 1, 1],
-    [2 ** 16, 2 ** 16, 2 ** 16, 2 ** 16],
-    [1, 1, 2 ** 53 - 1, 256],
-    [1, 1, 2 ** 53 - 1, 1],
-  ].map((shape): Case => ({
-    name: `shape [${shape}], beyond 2^53 bytes`,
-    call: ({ device }) => device.empty(shape),
+    says: ["shape must have 4 dimensions, [batch, heads, tokens, channels]", "[2, 2, 2]"],
+  },
+  {
+    name: "rank 5",
+    act: (device) => device.empty([1, 1, 1, 1, 1]),
+    error: TypeError,
+    says: ["4 dimensions", "[1, 1, 1, 1, 1]"],
+  },
+  {
+    name: "a shape that is no array",
+    act: (device) => device.empty("1,1,1,1" as Anything),
+    error: TypeError,
+    says: ["4 dimensions", '"1,1,1,1"'],
+  },
+  {
+    name: "a dimension of 0",
+    act: (device) => device.empty([1, 0, 8, 64]),
     error: RangeError,
-    says: ["Cannot make a tensor as shape must", `current value is [${shape.join(", ")}]`],
-  })),
-]);
-
-interface Shapes {
-  q?: number[];
-  k?: number[];
-  v?: number[];
-}
-
-const mismatches: [string, Shapes, string[]][] = [
-  ["batch of k", { k: [2, 2, 16, 8] }, ["batch of k must equal batch of q (1)", "value is 2"]],
-  ["batch of v", { v: [3, 2, 16, 8] }, ["batch of v must equal batch of q (1)", "value is 3"]],
-  ["channels of k", { k: [1, 2, 16, 9] }, [
-    "channels of k must equal channels of q (8)",
-    "current value is 9",
-  ]],
-  ["heads of v", { v: [1, 1, 16, 8] }, ["heads of v must equal heads of k (2)", "value is 1"]],
-  ["tokens of v", { v: [1, 2, 15, 8] }, ["tokens of v must equal tokens of k (16)", "is 15"]],
-  ["heads of q", { q: [1, 3, 16, 8] }, [
-    "heads of q must be a multiple of heads of k (2)",
-    "current value is 3",
-  ]],
-  ["fewer heads of q than of k", { q: [1, 1, 16, 8] }, [
-    "heads of q must be a multiple of heads of k (2)",
-    "current value is 1",
-  ]],
-  ["257 channels", { q: [1, 2, 16, 257], k: [1, 2, 16, 257] }, [
-    "channels of q must be at most 256",
-    "current value is 257",
-  ]],
-  ["257 channels of v", { v: [1, 2, 16, 257] }, [
-    "channels of v must be at most 256",
-    "current value is 257",
-  ]],
-];
-
-refusesCleanly(
-  "shapes that do not belong together",
-  mismatches.flatMap(([name, shapes, says]): Case[] => {
-    const q = shapes.q ?? [1, 2, 16, 8], k = shapes.k ?? [1, 2, 16, 8];
-    const v = shapes.v ?? [1, 2, 16, 8];
-    const float =
-      (call: (q: Tensor, k: Tensor, v: Tensor) => unknown): Case["call"] => ({ make }) =>
-        call(make(q), make(k), make(v));
-    return [
-      { name: `attention(), ${name}`, call: float((q, k, v) => attention(q, k, v)) },
-      { name: `flashAttention(), ${name}`, call: float((q, k, v) => flashAttention(q, k, v)) },
-      { name: `explain(), ${name}`, call: float((q, k, v) => explain(q, k, v)) },
-      {
-        name: `explain() of shapes, ${name}`,
-        call: ({ device }: Fixture) => {
-          const [a, b, c] = [q, k, v].map((shape) => ({ shape, dtype: "f32" as const }));
-          return explain(a, b, c, { device });
-        },
-      },
-      {
-        name: `attentionQuantized(), ${name}`,
-        call: ({ make, pack }: Fixture) =>
-          attentionQuantized(
-            pack(make(q), { operand: "query" }),
-            pack(make(k), { operand: "key" }),
-            pack(make(v), { operand: "value" }),
-          ),
-      },
-    ].map((one) => ({ ...one, error: RangeError, says }));
-  }),
-);
-
-refusesCleanly("what is no tensor", [
-  ...[undefined, null, 1, "q", {}, [], new Float32Array(8)].flatMap((wrong): Case[] =>
-    [0, 1, 2].map((at) => ({
-      name: `${["q", "k", "v"][at]} = ${wrong}`,
-      call: ({ q, k, v }) => {
-        const all: Loose[] = [q, k, v];
-        all[at] = wrong;
-        return attention(all[0], all[1], all[2]);
-      },
-      error: TypeError,
-      says: [`Cannot run attention as ${["q", "k", "v"][at]} must be a Tensor`, "current value is"],
-    }))
-  ),
-  ...([
-    ["smooth", "x", (x) => smooth(x)],
-    ["quantize", "x", (x) => quantize(x, { operand: "query" })],
-    ["dequantize", "tensor", (x) => dequantize(x)],
-    ["attentionQuantized q", "q", (x) => attentionQuantized(x, x, x)],
-  ] as [string, string, (x: Loose) => unknown][]).map(([name, what, call]): Case => ({
-    name,
-    call: () => call({ shape: [1, 1, 1, 1] }),
-    error: TypeError,
-    says: [`${what} must be a`, "current value is an Object"],
+    says: ["shape[1] must be a whole number from 1", "current value is 0"],
+  },
+  ...[-1, 1.5, NaN, Infinity, 2 ** 53].map((length): Case => ({
+    name: `a dimension of ${length}`,
+    act: (device) => device.empty([1, 1, length, 64]),
+    error: RangeError,
+    says: ["shape[2] must be a whole number", `${length}`],
   })),
   {
-    name: "explain() of shapes without a device",
-    call: () => {
-      const spec = { shape: [1, 2, 16, 8], dtype: "f32" } as const;
+    name: "a dimension that is no number",
+    act: (device) => device.empty([1, 1, "8" as Anything, 64]),
+    error: TypeError,
+    says: ["shape[2] must be a whole number", '"8"'],
+  },
+  {
+    name: "a size that overflows 64 bits",
+    act: (device) => device.empty([2 ** 40, 2 ** 40, 2 ** 40, 64]),
+    error: RangeError,
+    says: ["shape must hold less than 2^53 bytes", `${2 ** 40}`],
+  },
+  {
+    name: "more memory than exists",
+    act: (device) => device.empty([1, 1, 2 ** 40, 64]),
+    error: OutOfMemoryError,
+    says: [`${2 ** 48}`],
+  },
+  {
+    name: "an unknown dtype",
+    act: (device) => device.empty([1, 1, 8, 64], { dtype: "fp16" as Anything }),
+    error: RangeError,
+    says: ['dtype must be one of "f32", "f16", "bf16", "i8", "i4", "e4m3"', '"fp16"'],
+  },
+  {
+    name: "an unknown layout",
+    act: (device) => device.empty([1, 1, 8, 64], { layout: "BHND" as Anything }),
+    error: RangeError,
+    says: ['layout must be one of "HND", "NHD"', '"BHND"'],
+  },
+  {
+    name: "an unknown tensor option",
+    act: (device) => device.empty([1, 1, 8, 64], { type: "f16" } as Anything),
+    error: TypeError,
+    says: ['no property "type"', '"dtype", "layout"'],
+  },
+  {
+    name: "data that is too short",
+    act: (device) => device.tensor(new Float32Array(511), [1, 1, 8, 64]),
+    error: RangeError,
+    says: ["data.length must be 512", "current value is 511"],
+  },
+  {
+    name: "data that is too long",
+    act: (device) => device.tensor(new Float16Array(513), [1, 1, 8, 64]),
+    error: RangeError,
+    says: ["data.length must be 512", "current value is 513"],
+  },
+  {
+    name: "a detached buffer",
+    act: (device) => device.tensor(detached(new Float32Array(512)), [1, 1, 8, 64]),
+    error: TypeError,
+    says: ["data must not be detached"],
+  },
+  {
+    name: "a buffer that shrank",
+    act: (device) => device.tensor(shrunk(), [1, 1, 1, 16]),
+    error: RangeError,
+    says: ["data.length must be 16", "current value is 2"],
+  },
+  {
+    name: "data that is a plain array",
+    act: (device) => device.tensor([1, 2] as Anything, [1, 1, 1, 2]),
+    error: TypeError,
+    says: ["data must be a Float32Array, Float16Array", "[1, 2]"],
+  },
+  {
+    name: "data of another type than the dtype",
+    act: (device) => device.tensor(new Float32Array(2), [1, 1, 1, 2], { dtype: "f16" } as Anything),
+    error: TypeError,
+    says: ['data must be a Float16Array for dtype "f16"', "a Float32Array"],
+  },
+  {
+    name: "16-bit data without a dtype",
+    act: (device) => device.tensor(new Uint16Array(2), [1, 1, 1, 2]),
+    error: TypeError,
+    says: ['"bf16" or "f16"'],
+  },
+  {
+    name: "8-bit data without a dtype",
+    act: (device) => device.tensor(new Uint8Array(2), [1, 1, 1, 2]),
+    error: TypeError,
+    says: ['"i4" or "e4m3"'],
+  },
+  {
+    name: "writing too little",
+    act: (_, x) => x.write(new Float16Array(5)),
+    error: RangeError,
+    says: ["data.length must be 2048", "5"],
+  },
+  {
+    name: "writing a detached buffer",
+    act: (_, x) => x.write(detached(new Float16Array(2048))),
+    error: TypeError,
+    says: ["detached"],
+  },
+  {
+    name: "a view that reaches outside",
+    act: (_, x) => x.view({ tokens: [4, 9] }),
+    error: RangeError,
+    says: ["tokens[1] must be a whole number from 5 to 8", "9"],
+  },
+  {
+    name: "an empty view",
+    act: (_, x) => x.view({ heads: [1, 1] }),
+    error: RangeError,
+    says: ["heads[1]", "from 2 to 4"],
+  },
+  {
+    name: "a view of unknown dimensions",
+    act: (_, x) => x.view({ channels: [0, 1] } as Anything),
+    error: TypeError,
+    says: ['"channels"', '"batch", "heads", "tokens"'],
+  },
+  {
+    name: "timing what is no function",
+    act: (device) => device.time(5 as Anything),
+    error: TypeError,
+    says: ["work must be a function", "5"],
+  },
+
+  // ---- attention: tensors
+  {
+    name: "no tensor at all",
+    act: (_, x) => attention(x, undefined as Anything, x),
+    error: TypeError,
+    says: ["k must be a Tensor", "undefined"],
+  },
+  {
+    name: "a typed array instead of a tensor",
+    act: (_, x) => attention(x, x, new Float16Array(4) as Anything),
+    error: TypeError,
+    says: ["v must be a Tensor", "a Float16Array"],
+  },
+  {
+    name: "an imitation of a tensor",
+    act: (_, x) => attention(x, x, { ...x } as Anything),
+    error: TypeError,
+    says: ["v must be a Tensor"],
+  },
+  ...[
+    {
+      other: [2, 4, 8, 64],
+      k: "batch of k must equal batch of q (1)",
+      v: "batch of v must equal batch of q (1)",
+    },
+    { other: [1, 4, 8, 32], k: "channels of k must equal channels of q (64)" },
+    { other: [1, 4, 9, 64], v: "tokens of v must equal tokens of k (8)" },
+    { other: [1, 2, 8, 64], v: "heads of v must equal heads of k (4)" },
+  ].flatMap(({ other, ...expected }) =>
+    Object.entries(expected).map(([name, says]): Case => ({
+      name: `${name} of shape [${other}]`,
+      act: (device, x) =>
+        use(f16(device, other), (y) => attention(x, name === "k" ? y : x, name === "v" ? y : x)),
+      error: RangeError,
+      says: [says],
+    }))
+  ),
+  {
+    name: "heads that don't divide",
+    act: (device, x) => use(f16(device, [1, 3, 8, 64]), (y) => attention(x, y, y)),
+    error: RangeError,
+    says: ["heads of q must be a multiple of heads of k (3)", "current value is 4"],
+  },
+  {
+    name: "more heads of keys than of queries",
+    act: (device, x) => use(f16(device, [1, 8, 8, 64]), (y) => attention(x, y, y)),
+    error: RangeError,
+    says: ["heads of q must be a multiple of heads of k (8)"],
+  },
+  {
+    name: "D over 256",
+    act: (device) => use(f16(device, [1, 1, 2, 257]), (y) => attention(y, y, y)),
+    error: RangeError,
+    says: ["channels of q must be at most 256", "257"],
+  },
+  {
+    name: "Dv over 256",
+    act: (device, x) => use(f16(device, [1, 4, 8, 300]), (y) => attention(x, x, y)),
+    error: RangeError,
+    says: ["channels of v must be at most 256", "300"],
+  },
+  {
+    name: "mixed dtypes",
+    act: (device, x) =>
+      use(device.empty(shape, { dtype: "bf16" }), (y) => attention(x, y as Tensor, x as Tensor)),
+    error: TypeError,
+    says: ['k.dtype must equal q.dtype ("f16")', '"bf16"'],
+  },
+  {
+    name: "tensors of codes",
+    act: (device) => use(device.empty(shape, { dtype: "i8" }), (y) => attention(y, y, y)),
+    error: RangeError,
+    says: ['q.dtype must be one of "f32", "f16", "bf16"', '"i8"'],
+  },
+  {
+    name: "tensors of two devices",
+    act: (device, x) =>
+      use(
+        Device.open(deviceNames.find((name) => name !== device.name) ?? "cpu"),
+        (other) => use(f16(other, shape), (y) => attention(x, y, x)),
+      ),
+    error: TypeError,
+    says: ["k must belong to the same Device object"],
+  },
+  {
+    name: "tensors of two Device objects",
+    act: (device, x) =>
+      use(
+        Device.open(device.name as "cpu"),
+        (other) => use(f16(other, shape), (y) => attention(x, x, y)),
+      ),
+    error: TypeError,
+    says: ["v must belong to the same Device object"],
+  },
+  {
+    name: "a disposed tensor",
+    act: (device, x) => {
+      const y = f16(device, shape);
+      y.dispose();
+      y.dispose(); // again: nothing happens
+      return attention(x, y, x);
+    },
+    error: DisposedError,
+    says: ["a tensor that was disposed"],
+  },
+  {
+    name: "a tensor of a disposed device",
+    act: (device) => {
+      const other = Device.open(device.name as "cpu"), y = f16(other, shape);
+      other.dispose();
+      other.dispose(); // again: nothing happens
+      assert(y.disposed);
+      return attention(y, y, y);
+    },
+    error: DisposedError,
+    says: ["whose device was disposed"],
+  },
+  {
+    name: "a disposed device",
+    act: (device) => {
+      const other = Device.open(device.name as "cpu");
+      other.dispose();
+      return other.empty(shape);
+    },
+    error: DisposedError,
+    says: ["a device that was disposed"],
+  },
+
+  // ---- attention: outputs
+  {
+    name: "out of another shape",
+    act: (device, x) => use(f16(device, [1, 4, 7, 64]), (out) => attention(x, x, x, { out })),
+    error: RangeError,
+    says: ["out must have shape [1, 4, 8, 64]", "[1, 4, 7, 64]"],
+  },
+  {
+    name: "out of another shape, NHD",
+    act: (device, x) =>
+      use(f16(device, [1, 4, 8, 64], "NHD"), (out) => attention(x, x, x, { out })),
+    error: RangeError,
+    says: ["out must have shape [1, 8, 4, 64]"],
+  },
+  {
+    name: "out of codes",
+    act: (device, x) =>
+      use(
+        device.empty(shape, { dtype: "i8" }),
+        (out) => attention(x, x, x, { out: out as Anything }),
+      ),
+    error: RangeError,
+    says: ['out.dtype must be one of "f32", "f16", "bf16"'],
+  },
+  {
+    name: "out and outDtype that contradict",
+    act: (device, x) =>
+      use(f16(device, shape), (out) => attention(x, x, x, { out, outDtype: "f32" as Anything })),
+    error: TypeError,
+    says: ['outDtype must be absent or equal out.dtype ("f16")', '"f32"'],
+  },
+  {
+    name: "out that is an input",
+    act: (_, x) => attention(x, x, x, { kernel: "flash", out: x }),
+    error: SageError,
+    says: ["must not overlap"],
+  },
+  {
+    name: "out that overlaps an input",
+    act: (device) =>
+      use(
+        f16(device, [1, 4, 9, 64]),
+        (y) =>
+          use(y.view({ tokens: [0, 8] }), (k) =>
+            use(y.view({ tokens: [1, 9] }), (out) =>
+              attention(k, k, k, { kernel: "flash", out }))),
+      ),
+    error: SageError,
+    says: ["must not overlap"],
+  },
+
+  // ---- attention: options
+  ...([
+    [{ causual: true }, TypeError, 'no property "causual"', '"causal"'],
+    [
+      { kernel: "sage3" },
+      RangeError,
+      'kernel must be one of "auto", "flash", "sage1", "sage1-int8", "sage2"',
+      '"sage3"',
+    ],
+    [{ kernel: 1 }, TypeError, "kernel must be one of", "current value is 1"],
+    [{ causal: 1 }, TypeError, "causal must be a boolean", "current value is 1"],
+    [{ smoothK: "yes" }, TypeError, "smoothK must be a boolean", '"yes"'],
+    [{ returnLse: null }, TypeError, "returnLse must be a boolean", "null"],
+    [{ scale: 0 }, RangeError, "scale must be a positive", "current value is 0"],
+    [{ scale: -1 }, RangeError, "scale must be a positive", "current value is -1"],
+    [{ scale: NaN }, RangeError, "scale must be a positive", "NaN"],
+    [{ scale: Infinity }, RangeError, "scale must be a positive", "Infinity"],
+    [{ scale: 1e-60 }, RangeError, "scale must be positive in single precision", "1e-60"],
+    [{ scale: "1" }, TypeError, "scale must be a positive", '"1"'],
+    [
+      { granularity: "tensor" },
+      RangeError,
+      'granularity must be one of "token", "block", "warp", "thread"',
+      '"tensor"',
+    ],
+    [{ granularity: "channel" }, RangeError, "granularity must be one of", '"channel"'],
+    [{ outDtype: "i8" }, RangeError, 'outDtype must be one of "f32", "f16", "bf16"', '"i8"'],
+    [
+      { pvAccumulator: "bf16", kernel: "sage1" },
+      RangeError,
+      'pvAccumulator must be one of "f32", "f16"',
+      '"bf16"',
+    ],
+    [
+      { pvAccumulator: "f16", kernel: "sage2" },
+      TypeError,
+      'kernel with pvAccumulator must be "sage1"',
+      '"sage2"',
+    ],
+    [{ pvAccumulator: "f16" }, TypeError, 'kernel with pvAccumulator must be "sage1"', '"auto"'],
+    [
+      { pvRange: 100, kernel: "sage2++" },
+      RangeError,
+      "pvRange must be one of 448, 224, 112",
+      "100",
+    ],
+    [
+      { pvRange: 112, kernel: "sage2" },
+      TypeError,
+      'kernel with pvRange must be "sage2++"',
+      '"sage2"',
+    ],
+    [
+      { kernel: "flash", smoothK: true },
+      TypeError,
+      'smoothK with kernel "flash" must be absent',
+      "true",
+    ],
+    [
+      { kernel: "flash", granularity: "token" },
+      TypeError,
+      'granularity with kernel "flash" must be absent',
+    ],
+    [{ out: 5 }, TypeError, "out must be a Tensor", "5"],
+    ["fast", TypeError, "options must be an object", '"fast"'],
+    [null, TypeError, "options must be an object", "null"],
+  ] as [unknown, typeof TypeError, ...string[]][]).flatMap(([options, error, ...says]): Case[] => [
+    {
+      name: `attention() with ${JSON.stringify(options)}`,
+      act: (_, x) => attention(x, x, x, options as Anything),
+      error,
+      says,
+    },
+    {
+      name: `explain() with ${JSON.stringify(options)}`,
+      act: (_, x) => explain(x, x, x, options as Anything),
+      error,
+      says,
+    },
+  ]),
+  {
+    name: "flashAttention() with a kernel",
+    act: (_, x) => flashAttention(x, x, x, { kernel: "sage1" } as Anything),
+    error: TypeError,
+    says: ['no property "kernel"'],
+  },
+  {
+    name: "explain() of a plan without a device",
+    act: () => {
+      const spec = { shape: [1, 1, 1, 1], dtype: "f16" } as const;
       return explain(spec, spec, spec);
     },
     error: TypeError,
-    says: ["device must be a Device", "current value is undefined"],
+    says: ["device must be a Device", "undefined"],
   },
-]);
-
-// ---- element types and devices ------------------------------------------------------------------------
-
-refusesCleanly("mixed element types", [
-  ...["k", "v"].flatMap((name): Case[] =>
-    ["f16", "bf16", "i8", "e4m3"].map((dtype) => ({
-      name: `${name} of ${dtype}`,
-      call: ({ q, k, v, make }) => {
-        const other = make([1, 2, 16, 8], { dtype });
-        return attention(q, name === "k" ? other : k, name === "v" ? other : v);
-      },
-      error: TypeError,
-      says: [`${name}.dtype must equal q.dtype ("f32")`, `current value is "${dtype}"`],
-    }))
-  ),
-  ...["i8", "i4", "e4m3"].flatMap((dtype): Case[] => [
-    {
-      name: `attention of ${dtype}`,
-      call: ({ make }) => {
-        const x = make([1, 2, 16, 8], { dtype });
-        return attention(x, x, x);
-      },
-      error: RangeError,
-      says: [`q.dtype must be one of "f32", "f16", "bf16"`, `current value is "${dtype}"`],
-    },
-    {
-      name: `smooth() of ${dtype}`,
-      call: ({ make }) => smooth(make([1, 2, 16, 8], { dtype })),
-      error: RangeError,
-      says: [`x.dtype must be one of "f32", "f16", "bf16"`, `current value is "${dtype}"`],
-    },
-    {
-      name: `quantize() of ${dtype}`,
-      call: ({ make }) => quantize(make([1, 2, 16, 8], { dtype }), { operand: "key" }),
-      error: RangeError,
-      says: [`x.dtype must be one of "f32", "f16", "bf16"`, `current value is "${dtype}"`],
-    },
-    {
-      name: `out of ${dtype}`,
-      call: ({ q, k, v, make }) => attention(q, k, v, { out: make([1, 2, 16, 8], { dtype }) }),
-      error: RangeError,
-      says: [`out.dtype must be one of "f32", "f16", "bf16"`, `current value is "${dtype}"`],
-    },
-  ]),
-]);
-
-/** A tensor of another Device object, disposed after the call. */
-function withStranger(name: string, call: (fixture: Fixture, stranger: Tensor) => unknown): Case[] {
-  return deviceNames.map((deviceName) => ({
-    name: `${name} of another device object, ${deviceName}`,
-    call: (fixture) => {
-      using other = Device.open(deviceName);
-      using stranger = other.tensor(new Float32Array(length).fill(1), [1, 2, 16, 8]);
-      return call(fixture, stranger);
-    },
+  {
+    name: "explain() of nothing",
+    act: (device, x) => explain(x, 5 as Anything, x, { device }),
     error: TypeError,
-    says: [
-      `${name} must belong to the same Device object as the other tensors`,
-      `current value is "${deviceName}"`,
+    says: ["k must be a Tensor or its shape and dtype", "5"],
+  },
+
+  // ---- smooth, quantize and dequantize
+  {
+    name: "smooth() of codes",
+    act: (device) => use(device.empty(shape, { dtype: "e4m3" }), (y) => smooth(y)),
+    error: RangeError,
+    says: ["x.dtype must be one of", '"e4m3"'],
+  },
+  {
+    name: "smooth() with no rows",
+    act: (_, x) => smooth(x, { blockRows: 0 }),
+    error: RangeError,
+    says: ["blockRows must be a whole number from 1", "0"],
+  },
+  ...([
+    [undefined, TypeError, "options must be an object", "undefined"],
+    [{}, TypeError, 'operand must be one of "query", "key", "value"', "undefined"],
+    [{ operand: "q" }, RangeError, "operand must be one of", '"q"'],
+    [
+      { operand: "key", dtype: "f16" },
+      RangeError,
+      'dtype must be one of "i8", "i4", "e4m3"',
+      '"f16"',
     ],
-  }));
-}
-
-refusesCleanly("mixed devices", [
-  ...withStranger("k", ({ q, v }, other) => attention(q, other as Loose, v)),
-  ...withStranger("v", ({ q, k }, other) => attention(q, k, other as Loose)),
-  ...withStranger("out", ({ q, k, v }, out) => attention(q, k, v, { out: out as Loose })),
-  ...withStranger("k", ({ q, v }, other) => explain(q, other as Loose, v)),
-  ...withStranger("k", ({ q, v, pack }, other) => {
-    using k = quantize(other, { operand: "key" });
-    return attentionQuantized(
-      pack(q, { operand: "query" }),
-      k,
-      pack(v, { operand: "value" }),
-    );
-  }),
-]);
-
-refusesCleanly("operands of attentionQuantized()", [
-  {
-    name: "keys for queries",
-    call: ({ q, v, pack }) =>
-      attentionQuantized(pack(q, { operand: "key" }), pack(q, { operand: "key" }), v),
-    error: TypeError,
-    says: [`q must be quantized with operand "query"`, `current value is "key"`],
-  },
-  {
-    name: "queries for keys",
-    call: ({ q, v, pack }) =>
-      attentionQuantized(pack(q, { operand: "query" }), pack(q, { operand: "query" }), v),
-    error: TypeError,
-    says: [`k must be quantized with operand "key"`, `current value is "query"`],
-  },
-  {
-    name: "queries per channel",
-    call: ({ q, k, v, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query", granularity: "channel" }),
-        pack(k, { operand: "key" }),
-        v,
-      ),
-    error: TypeError,
-    says: [`"token", "block", "warp" or "thread"`, `current value is "channel"`],
-  },
-  {
-    name: "values per token",
-    call: ({ q, k, v, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query" }),
-        pack(k, { operand: "key" }),
-        pack(v, { operand: "value", granularity: "token" }),
-      ),
-    error: TypeError,
-    says: [`v must be quantized with granularity "channel"`, `current value is "token"`],
-  },
-  {
-    name: "other granularities",
-    call: ({ q, k, v, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query", granularity: "token" }),
-        pack(k, { operand: "key", granularity: "block" }),
-        pack(v, { operand: "value" }),
-      ),
-    error: TypeError,
-    says: [`granularity of k must equal that of q ("token")`, `current value is "block"`],
-  },
-  {
-    name: "other codes",
-    call: ({ q, k, v, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query", dtype: "i4" }),
-        pack(k, { operand: "key" }),
-        pack(v, { operand: "value" }),
-      ),
-    error: TypeError,
-    says: [`dtype of k must equal that of q ("i4")`, `current value is "i8"`],
-  },
-  {
-    name: "codes that no kernel takes",
-    call: ({ q, k, v, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query", dtype: "e4m3" }),
-        pack(k, { operand: "key", dtype: "e4m3" }),
-        pack(v, { operand: "value" }),
-      ),
-    error: TypeError,
-    says: ["no kernel takes e4m3 queries and keys", "i8 with e4m3"],
-  },
-  {
-    name: "a kernel for other codes",
-    call: ({ q, k, v, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query" }),
-        pack(k, { operand: "key" }),
-        pack(v, { operand: "value" }),
-        { kernel: "sage2-int4" },
-      ),
-    error: TypeError,
-    says: ["kernel for i8 queries and keys", "sage2", `current value is "sage2-int4"`],
-  },
-  {
-    name: "sage2++ with values of the full range",
-    call: ({ q, k, v, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query" }),
-        pack(k, { operand: "key" }),
-        pack(v, { operand: "value" }),
-        { kernel: "sage2++" },
-      ),
-    error: TypeError,
-    says: ["range of v for kernel sage2++ must be 2.25, 4.5 or 9", "current value is 448"],
-  },
-  {
-    name: "a pvRange that contradicts the values",
-    call: ({ q, k, v, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query" }),
-        pack(k, { operand: "key" }),
-        pack(v, { operand: "value", range: 9 }),
-        { kernel: "sage2++", pvRange: 448 },
-      ),
-    error: TypeError,
-    says: ["pvRange with range 9 of v must be 112", "current value is 448"],
-  },
-  ...[undefined, 1, {}, { smoothed: 1, mean: 2 }].map((wrong): Case => ({
-    name: `v = ${wrong}`,
-    call: ({ q, k, pack }) =>
-      attentionQuantized(
-        pack(q, { operand: "query" }),
-        pack(k, { operand: "key" }),
-        wrong as Loose,
-      ),
-    error: TypeError,
-    says: ["v must be a QuantizedTensor, a Tensor or what smooth() returned", "current value is"],
-  })),
-]);
-
-// ---- what was disposed --------------------------------------------------------------------------------
-
-const gone = "Cannot use a tensor that was disposed.";
-
-refusesCleanly("disposed tensors and devices", [
-  ...[0, 1, 2].map((at): Case => ({
-    name: `${["q", "k", "v"][at]} was disposed`,
-    call: ({ q, k, v, make }) => {
-      const all: Loose[] = [q, k, v];
-      all[at] = make([1, 2, 16, 8]).view({});
-      all[at].dispose();
-      return attention(all[0], all[1], all[2]);
-    },
-    error: DisposedError,
-    says: [gone],
+    [{ operand: "value", granularity: "thread" }, RangeError, "granularity of values", '"thread"'],
+    [
+      { operand: "key", granularity: "token", groupRows: 8 },
+      TypeError,
+      "groupRows",
+      "must be absent",
+    ],
+    [{ operand: "key", granularity: "thread", groupRows: 12 }, RangeError, "a multiple of 8", "12"],
+    [
+      { operand: "key", granularity: "block", groupRows: 0 },
+      RangeError,
+      "groupRows must be a whole number from 1",
+    ],
+    [{ operand: "key", range: 9 }, TypeError, 'range with dtype "i8" must be absent', "9"],
+    [
+      { operand: "value", range: 449 },
+      RangeError,
+      "range must be a positive number up to 448",
+      "449",
+    ],
+    [{ operand: "value", smooth: 1 }, TypeError, "smooth must be a boolean", "1"],
+    [{ operand: "value", smoothing: true }, TypeError, 'no property "smoothing"'],
+  ] as [unknown, typeof TypeError, ...string[]][]).map(([options, error, ...says]): Case => ({
+    name: `quantize() with ${JSON.stringify(options)}`,
+    act: (_, x) => quantize(x, options as Anything),
+    error,
+    says,
   })),
   {
-    name: "out was disposed",
-    call: ({ q, k, v, make }) => {
-      const out = make([1, 2, 16, 8]).view({});
-      out.dispose();
-      return attention(q, k, v, { out });
-    },
-    error: DisposedError,
-    says: [gone],
+    name: "dequantize() of a plain tensor",
+    act: (_, x) => dequantize(x as Anything),
+    error: TypeError,
+    says: ["tensor must be a QuantizedTensor", "a Tensor"],
   },
   {
-    name: "the device of q was disposed",
-    call: () => {
-      const other = Device.open("cpu");
-      const x = other.empty([1, 2, 16, 8]);
-      other.dispose();
-      return attention(x, x, x);
+    name: "dequantize() of a disposed tensor",
+    act: (_, x) => {
+      const quantized = quantize(x, { operand: "key" });
+      quantized.dispose();
+      assert(quantized.disposed);
+      return dequantize(quantized);
     },
     error: DisposedError,
-    says: ["Cannot use a tensor whose device was disposed."],
+    says: ["disposed"],
   },
   {
-    name: "a device that was disposed",
-    call: () => {
-      const other = Device.open("cpu");
-      other.dispose();
-      return other.empty([1, 2, 16, 8]);
-    },
-    error: DisposedError,
-    says: ["Cannot use a device that was disposed."],
+    name: "attentionQuantized() with operands mixed up",
+    act: (_, x) => use(quantize(x, { operand: "key" }), (k) => attentionQuantized(k, k, x)),
+    error: TypeError,
+    says: ['q must be quantized with operand "query"', '"key"'],
   },
   {
-    name: "a quantized tensor that was disposed",
-    call: ({ q }) => {
-      const packed = quantize(q, { operand: "query" });
-      packed.dispose();
-      return dequantize(packed);
-    },
-    error: DisposedError,
-    says: [gone],
+    name: "attentionQuantized() with granularities mixed",
+    act: (_, x) =>
+      use(
+        quantize(x, { operand: "query" }),
+        (q) =>
+          use(quantize(x, { operand: "key", granularity: "block" }), (k) =>
+            attentionQuantized(q, k, x)),
+      ),
+    error: TypeError,
+    says: ['granularity of k must equal that of q ("thread")', '"block"'],
   },
-]);
+  {
+    name: "attentionQuantized() without a kernel for the types",
+    act: (_, x) =>
+      use(
+        quantize(x, { operand: "query", dtype: "i4" }),
+        (q) =>
+          use(quantize(x, { operand: "key", dtype: "i4" }), (k) => attentionQuantized(q, k, x)),
+      ),
+    error: TypeError,
+    says: ["no kernel takes i4 queries and keys with unquantized values", "i4 with e4m3"],
+  },
+  {
+    name: "attentionQuantized() with another kernel than the types say",
+    act: (_, x) =>
+      use(
+        quantize(x, { operand: "query" }),
+        (q) =>
+          use(quantize(x, { operand: "key" }), (k) =>
+            attentionQuantized(q, k, x, { kernel: "sage2" })),
+      ),
+    error: TypeError,
+    says: ["kernel for i8 queries and keys with unquantized values must be sage1", '"sage2"'],
+  },
+  {
+    name: "sage2++ with values of full range",
+    act: (_, x) =>
+      use(
+        quantize(x, { operand: "query" }),
+        (q) =>
+          use(quantize(x, { operand: "key" }), (k) =>
+            use(quantize(x, { operand: "value" }), (v) =>
+              attentionQuantized(q, k, v, { kernel: "sage2++" }))),
+      ),
+    error: TypeError,
+    says: ["range of v for kernel sage2++ must be 2.25, 4.5 or 9", "448"],
+  },
 
-// ---- host arrays --------------------------------------------------------------------------------------
-
-/** Arrays that make() and write() must refuse alike. */
-const arrays: [string, () => Loose, ErrorClass, string[]][] = [
-  [
-    "one too short",
-    () => new Float32Array(length - 1),
+  // ---- devices and helpers
+  ...([["gpu", RangeError], ["cuda:", RangeError], ["cuda:-1", RangeError], ["cpu:0", RangeError], [
+    "",
     RangeError,
-    ["data.length", `${length}`, `current value is ${length - 1}`],
-  ],
-  [
-    "one too long",
-    () => new Float32Array(length + 1),
-    RangeError,
-    ["data.length", `${length}`, `current value is ${length + 1}`],
-  ],
-  ["an empty one", () => new Float32Array(0), RangeError, ["data.length", "current value is 0"]],
-  ["a shared one too short", () => new Float32Array(new SharedArrayBuffer(4)), RangeError, [
-    "data.length",
-    "current value is 1",
-  ]],
-  [
-    "a detached one",
-    () => {
-      const data = new Float32Array(length);
-      data.buffer.transfer();
-      return data;
-    },
+  ], [
+    3,
     TypeError,
-    ["data must not be detached"],
-  ],
-  [
-    "one whose buffer shrank",
-    () => {
-      const buffer = new ArrayBuffer(4 * length, { maxByteLength: 8 * length });
-      const data = new Float32Array(buffer, 0, length);
-      buffer.resize(4);
-      return data;
-    },
-    RangeError,
-    ["data.length", `${length}`, "current value is 0"],
-  ],
-  [
-    "one that follows its buffer's length",
-    () => {
-      const buffer = new ArrayBuffer(4 * length, { maxByteLength: 8 * length });
-      const data = new Float32Array(buffer);
-      buffer.resize(8 * length);
-      return data;
-    },
-    RangeError,
-    ["data.length", `current value is ${2 * length}`],
-  ],
-  ["double precision", () => new Float64Array(length), TypeError, [
-    "data must be a Float32Array",
-    "current value is a Float64Array",
-  ]],
-  ["plain numbers", () => new Array(length).fill(1), TypeError, [
-    "data must be a Float32Array",
-    "current value is [1",
-  ]],
-  ["a buffer", () => new ArrayBuffer(4 * length), TypeError, [
-    "data must be a Float32Array",
-    "current value is an ArrayBuffer",
-  ]],
-  ["a view of a buffer", () => new DataView(new ArrayBuffer(4 * length)), TypeError, [
-    "data must be a Float32Array",
-    "current value is a DataView",
-  ]],
-  ["nothing", () => undefined, TypeError, [
-    "data must be a Float32Array",
-    "current value is undefined",
-  ]],
-];
-
-refusesCleanly(
-  "arrays that do not fit",
-  arrays.flatMap(([name, data, error, says]): Case[] => [
-    {
-      name: `tensor() of ${name}`,
-      call: ({ device }) => device.tensor(data(), [1, 2, 16, 8]),
-      error,
-      says: ["Cannot make a tensor", ...says],
-    },
-    {
-      name: `write() of ${name}`,
-      call: ({ q }) => q.write(data()),
-      error,
-      says: ["Cannot write a tensor", ...says],
-    },
-  ]),
-);
-
-refusesCleanly("arrays of another element type", [
-  ...([
-    ["f16", new Float32Array(length), "Float16Array", "Float32Array"],
-    ["bf16", new Float16Array(length), "Uint16Array", "Float16Array"],
-    ["f32", new Uint16Array(length), "Float32Array", "Uint16Array"],
-    ["i8", new Uint8Array(length), "Int8Array", "Uint8Array"],
-    ["i4", new Int8Array(length / 2), "Uint8Array", "Int8Array"],
-    ["e4m3", new Float32Array(length), "Uint8Array", "Float32Array"],
-  ] as [string, Loose, string, string][]).map(([dtype, data, expected, found]): Case => ({
-    name: `${found} for ${dtype}`,
-    call: ({ device }) => device.tensor(data, [1, 2, 16, 8], { dtype } as Loose),
-    error: TypeError,
-    says: [`data must be a ${expected} for dtype "${dtype}"`, `current value is a`, found],
-  })),
-  ...([
-    [new Uint16Array(length), `"bf16" or "f16"`],
-    [new Uint8Array(length), `"i4" or "e4m3"`],
-  ] as [Loose, string][]).map(([data, choices]): Case => ({
-    name: `${data.constructor.name} without a dtype`,
-    call: ({ device }) => device.tensor(data, [1, 2, 16, 8]),
-    error: TypeError,
-    says: ["dtype for", `be given as ${choices}`, "current value is undefined"],
-  })),
-  {
-    name: "an i4 array without the padding of odd rows",
-    call: ({ device }) => device.tensor(new Uint8Array(2 * 3), [1, 1, 2, 7], { dtype: "i4" }),
-    error: RangeError,
-    says: ["data.length must be 8", "current value is 6"],
-  },
-]);
-
-deviceTest("shared and growable buffers are copied as they stand", async (device) => {
-  const shared = new Float32Array(new SharedArrayBuffer(4 * 6), 8, 4).map((_, i) => i);
-  const sharedView = new Float32Array(new SharedArrayBuffer(4 * 6), 8, 4);
-  sharedView.set(shared);
-  using fromShared = device.tensor(sharedView, [1, 1, 2, 2]);
-  sharedView.fill(9);
-  assertEquals(await fromShared.data(), Float32Array.of(0, 1, 2, 3));
-
-  const buffer = new ArrayBuffer(4 * 6, { maxByteLength: 4 * 64 });
-  const growable = new Float32Array(buffer, 8, 4);
-  growable.set([4, 5, 6, 7]);
-  using fromGrowable = device.tensor(growable, [1, 1, 2, 2]);
-  buffer.resize(0);
-  fromShared.write(Float32Array.of(8, 8, 8, 8));
-  assertEquals(await fromGrowable.data(), Float32Array.of(4, 5, 6, 7));
-  assertEquals(await fromShared.data(), Float32Array.of(8, 8, 8, 8));
-
-  const detached = new Float32Array([1, 2, 3, 4]);
-  using early = device.tensor(detached, [1, 1, 2, 2]);
-  detached.buffer.transfer(); // after the call: it must not matter
-  assertEquals(await early.data(), Float32Array.of(1, 2, 3, 4));
-});
-
-// ---- outputs ------------------------------------------------------------------------------------------
-
-refusesCleanly("outputs that overlap inputs", [
-  ...(["q", "k", "v"] as const).flatMap((name): Case[] =>
-    [attention, flashAttention].map((call) => ({
-      name: `${call.name}(), out = ${name}`,
-      call: (fixture) => call(fixture.q, fixture.k, fixture.v, { out: fixture[name] }),
-      error: SageError,
-      says: ["out must not overlap", name],
-    }))
-  ),
-  {
-    name: "out is a view that shares rows with q",
-    call: ({ make, k, v }) => {
-      const whole = make([1, 2, 24, 8]);
-      return attention(
-        whole.view({ tokens: [0, 16] }),
-        k,
-        v,
-        { out: whole.view({ tokens: [8, 24] }) },
-      );
-    },
-    error: SageError,
-    says: ["out must not overlap", "q"],
-  },
-  {
-    name: "out of another shape",
-    call: ({ q, k, v, make }) => attention(q, k, v, { out: make([1, 2, 16, 9]) }),
-    error: RangeError,
-    says: ["out must have shape [1, 2, 16, 8]", "current value is [1, 2, 16, 9]"],
-  },
-  {
-    name: "out of another shape in its own layout",
-    call: ({ q, k, v, make }) =>
-      attention(q, k, v, { out: make([1, 2, 16, 8], { layout: "NHD" }) }),
-    error: RangeError,
-    says: ["out must have shape [1, 16, 2, 8]", "current value is [1, 2, 16, 8]"],
-  },
-  {
-    name: "outDtype that contradicts out",
-    call: ({ q, k, v, make }) =>
-      attention(q, k, v, { out: make([1, 2, 16, 8]), outDtype: "f16" as Loose }),
-    error: TypeError,
-    says: [`outDtype must be absent or equal out.dtype ("f32")`, `current value is "f16"`],
-  },
-  ...[null, 1, {}, new Float32Array(length)].map((out): Case => ({
-    name: `out = ${out}`,
-    call: ({ q, k, v }) => attention(q, k, v, { out: out as Loose }),
-    error: TypeError,
-    says: ["out must be a Tensor", "current value is"],
-  })),
-]);
-
-deviceTest("an output between the rows of an input is no overlap", async (device) => {
-  using whole = device.tensor(new Float16Array(4 * 16 * 64).fill(1), [1, 4, 16, 64]);
-  using q = whole.view({ heads: [0, 2] });
-  using out = whole.view({ heads: [2, 4] });
-  using v = device.tensor(new Float16Array(2 * 16 * 64).fill(3), [1, 2, 16, 64]);
-  assertEquals(flashAttention(q, q, v, { out }), out);
-  assertEquals(await out.data(), new Float16Array(2 * 16 * 64).fill(3));
-  assertEquals(await q.data(), new Float16Array(2 * 16 * 64).fill(1));
-});
-
-// ---- options ------------------------------------------------------------------------------------------
-
-/** Wrong values of one option of attention(), those of another type apart from those out of range. */
-const options: [string, Loose[], Loose[], string, Loose?][] = [
-  ["kernel", [1, null, {}], ["sage3", "", "Flash"], `be one of "auto", "flash", "sage1"`],
-  ["causal", [1, "true", null], [], "be a boolean"],
-  ["returnLse", [1, "yes"], [], "be a boolean"],
-  ["smoothQ", [1, "on"], [], "be a boolean"],
-  ["smoothK", [0, null], [], "be a boolean"],
-  ["smoothV", ["off"], [], "be a boolean"],
-  ["scale", ["1", 1n, null, true], [NaN, 0, -0, -1, Infinity, -Infinity, 1e300, 1e-300], "be "],
-  [
-    "granularity",
-    [1, null],
-    ["channel", "row"],
-    `be one of "token", "block", "warp", "thread"`,
-    { kernel: "sage2" },
-  ],
-  ["outDtype", [16, null], ["i8", "f64", "float"], `be one of "f32", "f16", "bf16"`],
-  ["pvAccumulator", [16, null], ["bf16", "i32"], `be one of "f32", "f16"`, { kernel: "sage1" }],
-  ["pvRange", ["448", null], [1, 9, 100, NaN], "be one of 448, 224, 112", { kernel: "sage2++" }],
-];
-
-refusesCleanly(
-  "values of each option of attention",
-  options.flatMap(([name, wrongTypes, wrongValues, must, others]): Case[] =>
-    [...wrongTypes, ...wrongValues].flatMap((value): Case[] =>
-      [attention, explain].map((call) => ({
-        name: `${call.name}(), ${name} = ${String(value)}`,
-        call: ({ q, k, v }) => call(q, k, v, { ...others, [name]: value } as Loose),
-        error: wrongTypes.includes(value) ? TypeError : RangeError,
-        says: [`attention as ${name} must ${must}`, "current value is"],
-      }))
-    )
-  ),
-);
-
-refusesCleanly("unknown options", [
-  ...([
-    ["attention", ({ q, k, v }, o) => attention(q, k, v, o), `"smoothQ"`],
-    ["flashAttention", ({ q, k, v }, o) => flashAttention(q, k, v, o), `"causal"`],
-    ["explain", ({ q, k, v }, o) => explain(q, k, v, o), `"device"`],
-    ["smooth", ({ q }, o) => smooth(q, o), `"blockRows"`],
-    ["quantize", ({ q }, o) => quantize(q, { operand: "query", ...o }), `"groupRows"`],
-    ["empty", ({ device }, o) => device.empty([1, 1, 1, 1], o), `"layout"`],
-    ["tensor", ({ device }, o) => device.tensor(new Float32Array(1), [1, 1, 1, 1], o), `"dtype"`],
-    ["view", ({ q }, o) => q.view(o), `"tokens"`],
-    ["dequantize", ({ q, pack }, o) => dequantize(pack(q, { operand: "key" }), o), `"outDtype"`],
-    ["attentionQuantized", ({ q, k, v, pack }, o) =>
-      attentionQuantized(
-        pack(q, { operand: "query" }),
-        pack(k, { operand: "key" }),
-        pack(v, { operand: "value" }),
-        o,
-      ), `"pvRange"`],
-  ] as [string, (fixture: Fixture, options: Loose) => unknown, string][]).flatMap((
-    [name, call, known],
-  ): Case[] => [
-    {
-      name: `${name}() with an unknown option`,
-      call: (fixture) => call(fixture, { tpyo: 1 }),
-      error: TypeError,
-      says: [`options must have no property "tpyo"`, "known options are", known],
-    },
-    ...(name === "quantize" ? [] : [null, 1, "causal", []]).map((options): Case => ({
-      name: `${name}() with options ${options}`,
-      call: (fixture) => call(fixture, options),
-      error: TypeError,
-      says: ["options must be an object", "current value is"],
-    })),
-  ]),
-  ...["kernel", "smoothK", "granularity", "pvRange", "pvAccumulator"].map((name): Case => ({
-    name: `flashAttention() with ${name}`,
-    call: ({ q, k, v }) => flashAttention(q, k, v, { [name]: undefined } as Loose),
-    error: TypeError,
-    says: [`options must have no property "${name}"`],
-  })),
-]);
-
-refusesCleanly("options that contradict each other", [
-  ...["smoothQ", "smoothK", "smoothV"].map((name): Case => ({
-    name: `${name} with flash`,
-    call: ({ q, k, v }) => attention(q, k, v, { kernel: "flash", [name]: true }),
-    error: TypeError,
-    says: [`${name} with kernel "flash" must be absent`, "current value is true"],
-  })),
-  {
-    name: "granularity with flash",
-    call: ({ q, k, v }) => attention(q, k, v, { kernel: "flash", granularity: "block" }),
-    error: TypeError,
-    says: [`granularity with kernel "flash" must be absent`, `current value is "block"`],
-  },
-  ...(["auto", "flash", "sage1-int8", "sage2", "sage2-int4", "sage2++"] as const).map((
-    kernel,
-  ): Case => ({
-    name: `pvAccumulator with ${kernel}`,
-    call: ({ q, k, v }) => attention(q, k, v, { kernel, pvAccumulator: "f16" }),
-    error: TypeError,
-    says: [`kernel with pvAccumulator must be "sage1"`, `current value is "${kernel}"`],
-  })),
-  ...(["auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4"] as const).map((
-    kernel,
-  ): Case => ({
-    name: `pvRange with ${kernel}`,
-    call: ({ q, k, v }) => attention(q, k, v, { kernel, pvRange: 448 }),
-    error: TypeError,
-    says: [`kernel with pvRange must be "sage2++"`, `current value is "${kernel}"`],
-  })),
-]);
-
-/** Wrong values of one option of quantize(). */
-const recipes: [string, Loose, ErrorClass, string[]][] = [
-  ["no operand", {}, TypeError, [`operand must be one of "query", "key", "value"`, "undefined"]],
-  ["operand", { operand: "q" }, RangeError, [`operand must be one of "query"`, `value is "q"`]],
-  ["dtype", { operand: "key", dtype: "f16" }, RangeError, [`dtype must be one of "i8"`, `"f16"`]],
-  ["granularity", { operand: "key", granularity: "row" }, RangeError, [
-    `granularity must be one of "token"`,
-    `current value is "row"`,
-  ]],
-  ["values per thread", { operand: "value", granularity: "thread" }, RangeError, [
-    `granularity of values must be "token", "block", "warp" or "channel"`,
-    `current value is "thread"`,
-  ]],
-  ["smooth", { operand: "key", smooth: 1 }, TypeError, ["smooth must be a boolean", "is 1"]],
-  ["groupRows 0", { operand: "key", groupRows: 0 }, RangeError, ["groupRows must be", "is 0"]],
-  ["groupRows -8", { operand: "key", groupRows: -8 }, RangeError, ["groupRows must", "is -8"]],
-  ["groupRows 2^32", { operand: "key", groupRows: 2 ** 32 }, RangeError, [
-    "groupRows must be a whole number from 1 to 4294967295",
-    "current value is 4294967296",
-  ]],
-  ["groupRows as text", { operand: "key", groupRows: "64" }, TypeError, [
-    "groupRows must be",
-    `current value is "64"`,
-  ]],
-  ["groupRows that threads cannot share", { operand: "key", groupRows: 12 }, RangeError, [
-    `groupRows with granularity "thread" must be a multiple of 8`,
-    "current value is 12",
-  ]],
-  ["groupRows per token", { operand: "key", granularity: "token", groupRows: 8 }, TypeError, [
-    `groupRows with granularity "token" must be absent`,
-    "current value is 8",
-  ]],
-  ["groupRows per channel", { operand: "value", groupRows: 8 }, TypeError, [
-    `groupRows with granularity "channel" must be absent`,
-    "current value is 8",
-  ]],
-  ["range of i8", { operand: "key", range: 100 }, TypeError, [
-    `range with dtype "i8" must be absent`,
-    "current value is 100",
-  ]],
-  ...[0, -1, NaN, Infinity, 449].map((range): [string, Loose, ErrorClass, string[]] => [
-    `range ${range}`,
-    { operand: "value", range },
-    RangeError,
-    ["range must be a positive number up to 448", `current value is ${range}`],
-  ]),
-];
-
-refusesCleanly("values of each option elsewhere", [
-  ...recipes.map(([name, recipe, error, says]): Case => ({
-    name: `quantize(), ${name}`,
-    call: ({ q }) => quantize(q, recipe),
+  ]] as const).map(([name, error]): Case => ({
+    name: `device ${JSON.stringify(name)}`,
+    act: () => Device.open(name as Anything),
     error,
-    says: ["Cannot quantize", ...says],
+    says: ['name must be "auto", "cpu", "cuda" or "cuda:N"', JSON.stringify(name)],
   })),
   {
-    name: "quantize() without options",
-    call: ({ q }) => quantize(q, undefined as Loose),
-    error: TypeError,
-    says: ["Cannot quantize as options must be an object", "current value is undefined"],
-  },
-  ...[0, -1, 1.5, NaN, 2 ** 32].map((blockRows): Case => ({
-    name: `smooth(), blockRows ${blockRows}`,
-    call: ({ q }) => smooth(q, { blockRows }),
-    error: RangeError,
-    says: [
-      "blockRows must be a whole number from 1 to 4294967295",
-      `current value is ${blockRows}`,
-    ],
-  })),
-  {
-    name: "smooth(), outDtype",
-    call: ({ q }) => smooth(q, { outDtype: "i8" as Loose }),
-    error: RangeError,
-    says: [`outDtype must be one of "f32", "f16", "bf16"`, `current value is "i8"`],
-  },
-  {
-    name: "dequantize(), outDtype",
-    call: ({ q, pack }) => dequantize(pack(q, { operand: "key" }), { outDtype: "e4m3" as Loose }),
-    error: RangeError,
-    says: [`outDtype must be one of "f32", "f16", "bf16"`, `current value is "e4m3"`],
-  },
-  ...["empty", "tensor"].flatMap((method): Case[] =>
-    ([
-      [{ dtype: "f64" }, RangeError, `dtype must be one of "f32"`, `"f64"`],
-      [{ dtype: 1 }, TypeError, `dtype must be one of "f32"`, "1"],
-      [{ layout: "DHN" }, RangeError, `layout must be one of "HND", "NHD"`, `"DHN"`],
-      [{ layout: 0 }, TypeError, `layout must be one of "HND", "NHD"`, "0"],
-    ] as [Loose, ErrorClass, string, string][]).map(([options, error, must, value]) => ({
-      name: `${method}() with ${JSON.stringify(options)}`,
-      call: ({ device }) =>
-        method === "empty"
-          ? device.empty([1, 2, 16, 8], options)
-          : device.tensor(new Float32Array(length), [1, 2, 16, 8], options),
-      error,
-      says: [must, `current value is ${value}`],
-    }))
-  ),
-  ...([
-    [{ tokens: [0, 17] }, RangeError, "tokens[1] must be", "17"],
-    [{ tokens: [16, 17] }, RangeError, "tokens[0] must be", "16"],
-    [{ tokens: [3, 3] }, RangeError, "tokens[1] must be", "3"],
-    [{ heads: [-1, 1] }, RangeError, "heads[0] must be", "-1"],
-    [{ batch: [0, 0.5] }, RangeError, "batch[1] must be", "0.5"],
-    [{ batch: [0, "1"] }, TypeError, "batch[1] must be", `"1"`],
-    [{ heads: [0] }, TypeError, "heads[1] must be", "undefined"],
-  ] as [Loose, ErrorClass, string, string][]).map(([ranges, error, must, value]): Case => ({
-    name: `view(${JSON.stringify(ranges)})`,
-    call: ({ q }) => q.view(ranges),
-    error,
-    says: [`Cannot view a tensor as ${must}`, `current value is ${value}`],
-  })),
-  ...[5, null, "heads", [0, 1]].map((value): Case => ({
-    name: `view() with heads ${JSON.stringify(value)}`,
-    call: ({ q }) =>
-      q.view({ heads: value as Loose, ...(Array.isArray(value) && { batch: 7 }) } as Loose),
-    error: TypeError,
-    says: ["Cannot view a tensor as", "current value is"],
-  })),
-  {
-    name: "time() of what is no function",
-    call: ({ device }) => device.time(5 as Loose),
-    error: TypeError,
-    says: ["Cannot time work as work must be a function", "current value is 5"],
-  },
-]);
-
-// ---- devices' names -----------------------------------------------------------------------------------
-
-refusesCleanly("names of devices", [
-  ...["gpu", "", "CPU", "cuda:", "cuda:-1", "cuda:x", "cuda:0:0", "cpu:0", "auto:0", " cpu"].map((
-    name,
-  ): Case => ({
-    name: `"${name}"`,
-    call: () => Device.open(name as Loose),
-    error: RangeError,
-    says: [`name must be "auto", "cpu", "cuda" or "cuda:N"`, `current value is "${name}"`],
-  })),
-  ...[null, 0, {}].map((name): Case => ({
-    name: `${name}`,
-    call: () => Device.open(name as Loose),
-    error: TypeError,
-    says: [`name must be "auto", "cpu", "cuda" or "cuda:N"`, "current value is"],
-  })),
-  {
-    name: "cuda:99",
-    call: () => Device.open("cuda:99"),
+    name: "a CUDA device that is not there",
+    act: () => Device.open("cuda:99"),
     error: NoDeviceError,
     says: ["Cannot "],
   },
-]);
+  {
+    name: "cosine() of other lengths",
+    act: () => cosine([1], [1, 2]),
+    error: RangeError,
+    says: ["(2)", "1"],
+  },
+  {
+    name: "relativeL1() of other lengths",
+    act: () => relativeL1([1], []),
+    error: RangeError,
+    says: ["(0)"],
+  },
+  {
+    name: "rmse() of nothing",
+    act: () => rmse([], []),
+    error: RangeError,
+    says: ["must not be 0"],
+  },
+  {
+    name: "toFloat32() of another array",
+    act: () => toFloat32(new Float32Array(1), "bf16"),
+    error: TypeError,
+    says: ["data must be a Uint16Array"],
+  },
+  {
+    name: "fromFloat32() to codes",
+    act: () => fromFloat32([1], "i8" as Anything),
+    error: RangeError,
+    says: ["dtype must be one of", '"i8"'],
+  },
+];
 
-// ---- memory -------------------------------------------------------------------------------------------
+for (const { name, act, error, says } of cases) {
+  deviceTest(`A bad call is refused: ${name}`, async (device) => {
+    using x = device.tensor(new Float16Array(2048).fill(1), shape);
+    const before = device.memory();
+    const thrown = await assertRejects(async () => await act(device, x)) as Error;
+    assertInstanceOf(thrown, error);
+    for (const part of says) assertStringIncludes(thrown.message, part);
+    const after = device.memory();
+    assertEquals([after.allocations, after.streams], [before.allocations, before.streams]);
+    assertEquals(await x.data(), new Float16Array(2048).fill(1));
+    await assertWorks(device);
+  });
+}
 
-refusesCleanly("more memory than there is", [
-  ...[2 ** 46, 2 ** 52, 2 ** 53 - 64].map((bytes): Case => ({
-    name: `${bytes} bytes`,
-    call: ({ device }) => device.empty([1, 1, bytes / 64, 64], { dtype: "e4m3" }),
-    error: OutOfMemoryError,
-    says: ["Cannot ", `${bytes}`],
-  })),
-]);
+deviceTest("Native errors say where they were noticed", (device) => {
+  const error = assertThrows(() => device.empty([1, 1, 2 ** 40, 64])) as SageError;
+  assertEquals(error.code, "out-of-memory");
+  assert(/^cuda\/.+:\d+$/.test(String(error.cause)), String(error.cause));
+});
 
-deviceTest("after too large a request the next small call works", async (device) => {
-  for (let i = 0; i < 3; ++i) {
-    let code = "";
-    try {
-      device.empty([1, 1, 2 ** 40, 64], { dtype: "e4m3" });
-    } catch (error) {
-      code = (error as SageError).code;
+deviceTest("Shared and resizable buffers are copied as they stand", async (device) => {
+  const shared = new Float32Array(new SharedArrayBuffer(32, { maxByteLength: 64 })).fill(3);
+  using a = device.tensor(shared, [1, 1, 2, 4]);
+  shared.fill(4);
+  assertEquals(await a.data(), new Float32Array(8).fill(3));
+  const resizable = new Float32Array(new ArrayBuffer(32, { maxByteLength: 64 })).fill(5);
+  using b = device.tensor(resizable, [1, 1, 2, 4]);
+  (resizable.buffer as ArrayBuffer).resize(0);
+  assertEquals(await b.data(), new Float32Array(8).fill(5));
+});
+
+// ---- lifecycle ----------------------------------------------------------------------------------------
+
+deviceTest(
+  "Inputs may be disposed right after the call, and the output before its data is there",
+  async (device) => {
+    const data = new Float16Array(4 * 512 * 64).fill(2);
+    const pending = [];
+    for (let i = 0; i < 8; ++i) {
+      using x = device.tensor(data, [1, 4, 512, 64]);
+      using out = attention(x, x, x, { kernel: "sage1" });
+      pending.push(out.data());
     }
-    assertEquals(code, "out-of-memory");
-    await worksStill(device);
+    for (const out of await Promise.all(pending)) assert(out.every((value) => value === 2));
+  },
+);
+
+deviceTest("Views keep their memory when the whole is disposed", async (device) => {
+  const whole = device.tensor(new Float32Array([1, 2, 3, 4]), [1, 1, 4, 1]);
+  using part = whole.view({ tokens: [1, 3] });
+  whole.dispose();
+  assertEquals(await part.data(), new Float32Array([2, 3]));
+  part.write(new Float32Array([8, 9]));
+  assertEquals(await part.data(), new Float32Array([8, 9]));
+});
+
+deviceTest("Disposing a device frees its tensors and ends what is under way", async (device) => {
+  const before = device.memory();
+  const other = Device.open(device.name as "cpu");
+  const x = other.tensor(new Float16Array(4 * 1024 * 64), [1, 4, 1024, 64]);
+  const out = attention(x, x, x, { kernel: "sage1" });
+  const data = assertRejects(() => out.data(), DisposedError);
+  other.dispose();
+  await data;
+  x.dispose();
+  out.dispose();
+  assertEquals(device.memory().bytes, before.bytes);
+  await assertRejects(() => other.synchronize(), DisposedError);
+});
+
+deviceTest("Forgotten tensors are freed by the garbage collector", async (device) => {
+  const { gc } = globalThis as { gc?: () => void };
+  const before = device.memory().allocations;
+  (() => {
+    for (let i = 0; i < 10; ++i) device.empty([1, 1, 16, 16]);
+  })();
+  assertEquals(device.memory().allocations, before + 10);
+  for (let round = 0; round < 200 && device.memory().allocations > before; ++round) {
+    if (gc) gc();
+    else Array.from({ length: 200 }, () => new Array(10000).fill(round));
+    await new Promise((resolve) => setTimeout(resolve, 1));
   }
+  assertEquals(device.memory().allocations, before);
+});
+
+deviceTest("device.time() measures the work", async (device) => {
+  const data = new Float16Array(4 * 1024 * 64);
+  using x = device.tensor(data, [1, 4, 1024, 64]);
+  attention(x, x, x, { kernel: "flash" }).dispose();
+  const nothing = await device.time(() => {});
+  const something = await device.time(() => attention(x, x, x, { kernel: "flash" }).dispose());
+  assert(something > nothing, `${something} ms against ${nothing} ms`);
+  await assertRejects(() => device.time(() => Promise.reject(new Error("mine"))), Error, "mine");
+});
+
+// ---- workers ------------------------------------------------------------------------------------------
+
+function startWorker(device: string, tokens: number, rounds: number): Worker {
+  const worker = new Worker(new URL("./worker.ts", import.meta.url), { type: "module" });
+  worker.postMessage({ device, tokens, rounds });
+  return worker;
+}
+
+deviceTest("Many workers run at once", async (device) => {
+  const results = await Promise.all(Array.from({ length: 6 }, async () => {
+    const worker = startWorker(device.name, 128, 5);
+    const result = await new Promise((resolve, reject) => {
+      worker.onmessage = ({ data }) => typeof data === "object" && resolve(data);
+      worker.onerror = reject;
+    });
+    worker.terminate();
+    return result;
+  }));
+  assertEquals(results, Array.from({ length: 6 }, () => ({ wrong: 0 })));
+});
+
+for (const name of deviceNames) {
+  // What a killed worker held stays until the process ends, so this one counts no memory.
+  Deno.test(`A worker may be killed in mid-call on ${name}`, async () => {
+    using device = Device.open(name);
+    for (let round = 0; round < 5; ++round) {
+      const worker = startWorker(name, 1024, 1000);
+      await new Promise((resolve) => worker.onmessage = resolve);
+      await new Promise((resolve) => setTimeout(resolve, round));
+      worker.terminate();
+      await assertWorks(device);
+    }
+  });
+}
+
+// ---- the library, the driver and permissions ----------------------------------------------------------
+
+/** Opens a device with another library, while none is open. */
+function openWith(path: string): unknown {
+  const before = Deno.env.get("DENO_SAGE_PATH");
+  Deno.env.set("DENO_SAGE_PATH", path);
+  try {
+    return assertThrows(() => Device.open("cpu").dispose());
+  } finally {
+    if (before === undefined) Deno.env.delete("DENO_SAGE_PATH");
+    else Deno.env.set("DENO_SAGE_PATH", before);
+  }
+}
+
+/** A folder that is there for one test. */
+async function withFolder(body: (folder: string) => Promise<void>): Promise<void> {
+  const folder = await Deno.makeTempDir();
+  try {
+    await body(folder);
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+async function compile(folder: string, name: string, source: string): Promise<string> {
+  const path = `${folder}/${name}`;
+  await Deno.writeTextFile(`${path}.c`, source);
+  const { success, stderr } = await new Deno.Command("cc", {
+    args: ["-shared", "-fPIC", "-o", path, `${path}.c`],
+  }).output();
+  assert(success, new TextDecoder().decode(stderr));
+  return path;
+}
+
+function assertLibraryError(error: unknown, code: string, ...says: string[]): void {
+  assertInstanceOf(error, LibraryNotFoundError);
+  assertEquals(error.code, code);
+  for (const part of says) assertStringIncludes(error.message, part);
+}
+
+Deno.test("A missing library is reported with what to do", () => {
+  assertLibraryError(
+    openWith("/nowhere/libsage.so"),
+    "library-not-found",
+    "/nowhere/libsage.so",
+    "deno task build",
+    "DENO_SAGE_PATH",
+  );
+  Device.open("cpu").dispose();
+});
+
+Deno.test("A corrupt library is reported", () =>
+  withFolder(async (folder) => {
+    await Deno.writeTextFile(`${folder}/text.so`, "not a library");
+    assertLibraryError(
+      openWith(`${folder}/text.so`),
+      "library-unusable",
+      "text.so",
+      "deno task build",
+    );
+    const whole = await Deno.readFile(libraryPath);
+    for (const length of [0, 64, 4096]) {
+      await Deno.writeFile(`${folder}/cut${length}.so`, whole.subarray(0, length));
+      assertLibraryError(
+        openWith(`${folder}/cut${length}.so`),
+        "library-unusable",
+        "deno task build",
+      );
+    }
+    const other = await compile(folder, "other.so", "int other(void) { return 1; }\n");
+    assertLibraryError(openWith(other), "library-unusable", "sage_abi_version");
+    Device.open("cpu").dispose();
+  }));
+
+Deno.test("A library of another ABI version is reported", () =>
+  withFolder(async (folder) => {
+    const source = "unsigned sage_abi_version(void) { return 999; }\n";
+    const path = await compile(folder, "newer.so", source);
+    assertLibraryError(
+      openWith(path),
+      "abi-mismatch",
+      "ABI version must be 1",
+      "current value is 999",
+    );
+    Device.open("cpu").dispose();
+  }));
+
+/** Runs a script in a Deno of its own; returns what it printed. */
+async function runDeno(
+  script: string,
+  flags: string[],
+  env: Record<string, string> = {},
+): Promise<string> {
+  let printed = "";
+  await withFolder(async (folder) => {
+    const path = `${folder}/main.ts`, module = new URL("../mod.ts", import.meta.url);
+    await Deno.writeTextFile(path, `import * as sage from "${module}";\n${script}`);
+    const { stdout, stderr, success } = await new Deno.Command(Deno.execPath(), {
+      args: ["run", "--quiet", "--no-config", "--no-check", "--no-prompt", ...flags, path],
+      env: { NO_COLOR: "1", DENO_SAGE_PATH: libraryPath, ...env },
+    }).output();
+    assert(success, new TextDecoder().decode(stderr));
+    printed = new TextDecoder().decode(stdout).trim();
+  });
+  return printed;
+}
+
+const permissions = [`--allow-ffi=${libraryPath}`, "--allow-env=DENO_SAGE_PATH"];
+
+Deno.test("Permission for the library and one variable is enough", async () => {
+  const script = `
+    for (const { device: name } of sage.Device.list()) {
+      using device = sage.Device.open(name);
+      using x = device.tensor(new Float16Array(8192).fill(1), [1, 1, 128, 64]);
+      using q = sage.quantize(x, { operand: "query", smooth: true });
+      using o = sage.attention(x, x, x, { kernel: "sage1" });
+      sage.explain(x, x, x);
+      await device.time(() => {});
+      console.log((await o.data()).every((value) => value === 1), device.info.device === name);
+    }`;
+  const lines = (await runDeno(script, permissions)).split("\n");
+  assert(lines.length >= 1 && lines.every((line) => line === "true true"), lines.join());
+});
+
+Deno.test("Importing does nothing that needs a permission", async () => {
+  assertEquals(await runDeno("console.log(typeof sage.attention);", []), "function");
+});
+
+Deno.test("Without permission for the library, Deno's own error says so", async () => {
+  const script = `
+    try { sage.Device.open(); } catch (error) {
+      console.log(error instanceof Deno.errors.NotCapable, error.message);
+    }`;
+  const printed = await runDeno(script, ["--allow-env=DENO_SAGE_PATH"]);
+  assertStringIncludes(printed, "true Requires ffi access to");
+});
+
+/** What opening "cuda" and "auto" gives. */
+const openCuda = `
+  try { sage.Device.open("cuda").dispose(); console.log("opened"); } catch (error) {
+    console.log(error.name, error.code, error.message);
+  }
+  using device = sage.Device.open();
+  console.log(device.name);`;
+
+const withCuda = buildInfo().cudaVersion !== "";
+
+Deno.test('Without a usable CUDA device, "cuda" is refused with the reason and "auto" is the CPU', async () => {
+  const printed = await runDeno(openCuda, permissions, { CUDA_VISIBLE_DEVICES: "" });
+  const [error, auto] = printed.split("\n");
+  assertStringIncludes(error, "NoDeviceError no-device Cannot ");
+  const reason = withCuda
+    ? deviceNames.length > 1 ? "no NVIDIA GPU" : "no NVIDIA driver"
+    : "without CUDA";
+  assertStringIncludes(error, reason);
+  assertEquals(auto, "cpu");
+});
+
+Deno.test({
+  name: "A driver that is too old is reported" +
+    (withCuda ? "" : " (skipped: the library was built without CUDA)"),
+  ignore: !withCuda,
+  fn: () =>
+    withFolder(async (folder) => {
+      const source = `
+        int cuDriverGetVersion(int *version) { *version = 11020; return 0; }
+        int cuInit(unsigned flags) { return (int)flags; }`;
+      await compile(folder, "libcuda.so.1", source);
+      const printed = await runDeno(openCuda, permissions, { LD_LIBRARY_PATH: folder });
+      const [error, auto] = printed.split("\n");
+      assertStringIncludes(error, "NoDeviceError no-device Cannot ");
+      assertStringIncludes(error, "too old");
+      assertStringIncludes(error, "11.2");
+      assertEquals(auto, "cpu");
+    }),
 });

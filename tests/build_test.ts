@@ -15,8 +15,19 @@ const sources: Record<string, string> = {
   "mod.ts": "export const answer: number = 42;\n",
   "cuda/sage.h":
     '#define SAGE_ABI_VERSION 1u\n#define SAGE_API __attribute__((visibility("default")))\n',
+  "cuda/exports.map": "{ global: sage_*; local: *; };\n",
   "cuda/cpu/six.h": "int times_six(int);\n",
-  "cuda/cpu/six.cpp": '#include "six.h"\nint times_six(int x) { return 6 * x; }\n',
+  // std::deque is declared with default visibility, and must stay inside nevertheless.
+  "cuda/cpu/six.cpp": `#include "six.h"
+#include <deque>
+int times_six(int x) {
+  std::deque<int> all;
+  for (int i = 0; i < 6; ++i) all.push_back(x);
+  int sum = 0;
+  for (int one : all) sum += one;
+  return sum;
+}
+`,
   "cuda/api.cpp": `#include "cpu/six.h"
 #include "sage.h"
 int device();

@@ -40,16 +40,14 @@ export function e4m3Value(code: number): number {
   return sign * (exponent === 0 ? mantissa / 512 : (1 + mantissa / 8) * 2 ** (exponent - 7));
 }
 
+const e4m3Codes = new Map(Array.from({ length: 0x7f }, (_, code) => [e4m3Value(code), code]));
+
 /** The code whose value is nearest, of two the one with an even mantissa, 448 for all above. */
 export function e4m3Code(value: number): number {
   if (Number.isNaN(value)) return 0x7f;
-  const magnitude = Math.abs(value);
-  let best = 0;
-  for (let code = 1; code <= 0x7e; ++code) {
-    const nearer = Math.abs(e4m3Value(code) - magnitude) - Math.abs(e4m3Value(best) - magnitude);
-    if (nearer < 0 || (nearer === 0 && code % 2 === 0)) best = code;
-  }
-  return best | (value < 0 || Object.is(value, -0) ? 0x80 : 0);
+  const sign = value < 0 || Object.is(value, -0) ? 0x80 : 0, magnitude = Math.abs(value);
+  const step = 2 ** (Math.max(-6, Math.floor(Math.log2(magnitude))) - 3);
+  return sign | e4m3Codes.get(Math.min(448, roundHalfEven(magnitude / step) * step))!;
 }
 
 /** Rounds single precision to a dtype and back. */

@@ -409,10 +409,14 @@ void QueryTile<Recipe>::finish(int row) {
   float lse = -kInfinity;
   if (visible_[row] > 0) {
     const float sum = total(load<Floats>(sums_ + row * kLanes));
+    // Errors of quantization must not take a mean of values past what they can be.
+    const float largest = largest_finite(a_.v_mean ? DType::kF32 : a_.v.dtype);
     const float inverse = (Recipe::kIntegerValues ? 1.0f / kInt8Range : 1.0f) / sum;
     for (int c = 0; c < v_channels_; c += kLanes) {
       const Floats mean_of_codes = load<Floats>(out_ + row * v_stride_ + c) * inverse;
-      store(values + c, fma(mean_of_codes, load<Floats>(v_scales_ + c), load<Floats>(v_mean_ + c)));
+      const Floats mean = fma(mean_of_codes, load<Floats>(v_scales_ + c), load<Floats>(v_mean_ + c));
+      const Floats not_above = mean > largest ? broadcast(largest) : mean;  // NaN stays
+      store(values + c, not_above < -largest ? broadcast(-largest) : not_above);
     }
     for (int64_t tile = 0; tile * kKeyTile < visible_[row]; ++tile) {
       const uint64_t bad = a_.bad_values[kv_head_ * a_.tiles() + tile];

@@ -35,6 +35,11 @@ inline float element(const View& x, int64_t b, int64_t h, int64_t n, int64_t c) 
   return 0.0f;
 }
 
+// The largest number of a floating-point type; for codes, which are scaled, that of f32.
+inline float largest_finite(DType dtype) {
+  return dtype == DType::kF16 ? 65504.0f : dtype == DType::kBF16 ? 0x1.fep127f : 0x1.fffffep127f;
+}
+
 SAGE_INLINE Floats load_vector(DType dtype, const void* from) {
   if (dtype == DType::kF32) return load<Floats>(from);
   return dtype == DType::kF16 ? load_f16(from) : load_bf16(from);

@@ -22,7 +22,7 @@ export async function sha256(data: string | Uint8Array<ArrayBuffer>): Promise<st
   return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-const sourceEnding = /\.(h|cuh|cpp|cu)$/;
+const sourceEnding = /\.(h|cuh|cpp|cu|map)$/;
 
 /** SHA-256 over the names and hashes of all sources in cuda/, sorted by name. */
 export async function sourceHash(root: string): Promise<string> {
