@@ -77,11 +77,6 @@ export function arrayOf(dtype: DType): DTypeFacts["array"] {
   return facts[dtype].array;
 }
 
-/** Whether a dtype is one that attention takes. */
-export function isFloat(dtype: DType): dtype is FloatDType {
-  return (floatDTypes as readonly DType[]).includes(dtype);
-}
-
 // ---- single values ------------------------------------------------------------------------------------
 
 const scratch = new DataView(new ArrayBuffer(4));
@@ -215,7 +210,7 @@ export function checkArray(action: string, data: TensorData, dtype: DType): void
 }
 
 /** The same bytes as the dtype's own kind of array; half precision may come as bits. */
-export function asDType(data: TensorData, dtype: DType): TensorData {
+function asDType(data: TensorData, dtype: DType): TensorData {
   return dtype === "f16" && data instanceof Uint16Array
     ? new Float16Array(data.buffer, data.byteOffset, data.length)
     : data;

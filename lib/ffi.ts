@@ -1,6 +1,6 @@
 // The native library as TypeScript sees it: every C name, every struct offset, and the only Deno.dlopen.
 import { LibraryNotFoundError } from "./errors.ts";
-import type { CodeDType, DType } from "./dtype.ts";
+import type { DType } from "./dtype.ts";
 
 // ---- functions ----------------------------------------------------------------------------------------
 
@@ -161,9 +161,6 @@ export const rangeNumbers = { 448: 1, 224: 2, 112: 3 } as const;
 export function switchNumber(value: boolean | undefined): number {
   return value === undefined ? 0 : value ? 2 : 1;
 }
-
-/** What a code that is no number looks like. */
-export const notFiniteCodes: Record<CodeDType, number> = { i8: -128, i4: -8, e4m3: 0x7f };
 
 // ---- structs: byte offsets ----------------------------------------------------------------------------
 

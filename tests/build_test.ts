@@ -447,7 +447,8 @@ Deno.test("dist: the library is of these sources and for what this machine can c
   if (cuda) {
     for (const gpu of gpus) {
       const generation = gpu.replace(/.a?$/, "");
-      assert(made.architectures.some((name) => name.startsWith(generation)), `no code for ${gpu}`);
+      const fits = made.architectures.some((name) => name.startsWith(generation));
+      assert(fits || made.ptx.length > 0, `no code for ${gpu}`);
     }
   }
 });

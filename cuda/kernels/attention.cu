@@ -12,6 +12,10 @@ extern template void launch_sage1_for<256>(const AttentionParams&, bool, bool, i
 
 namespace {
 
+float largest_finite(DType dtype) {
+  return dtype == DType::kF16 ? 65504.0f : dtype == DType::kBF16 ? 0x1.fep127f : 0x1.fffffep127f;
+}
+
 // What `flash` and `sage1` have in common.
 AttentionParams make_params(const View& q, const View& k, const View& v, const View& o, const View& lse, bool causal,
                             float scale) {
@@ -31,6 +35,7 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const V
   params.group = static_cast<int>(q.heads() / k.heads());
   params.causal = causal;
   params.scale_log2 = scale * kLog2e;
+  params.largest = largest_finite(v.dtype);
   return params;
 }
 
@@ -51,6 +56,7 @@ void launch_flash(const AttentionOp& op, cudaStream_t stream) {
 void launch_sage1(const Sage1Op& op, cudaStream_t stream) {
   AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.causal, op.scale);
   params.v_dim = static_cast<int>(op.o.channels());
+  params.largest = largest_finite(op.v_dtype);
   params.q_scales = f32(op.q_scales);
   params.k_scales = f32(op.k_scales);
   params.q_groups = static_cast<int>(op.q_scales.tokens());

@@ -38,6 +38,7 @@ struct AttentionParams {
   int64_t first_item;
   bool causal;
   float scale_log2;  // softmax scale times log2(e)
+  float largest;     // that V can hold
 
   // sage1 only
   const float *q_scales, *k_scales;
@@ -74,6 +75,9 @@ struct AttentionConfig {
   // The kept maximum moves only when a score exceeds it by this much (base 2): P stays below 2^kHeadroom, O is
   // rarely rescaled. Sums in f16 have no room for it.
   static constexpr float kHeadroom = kF16Accumulator ? 0.0f : 8.0f;
+  // P is also scaled by 2^-kShift, where its type has the range for it: bf16 V go up to 3e38, and their sums must not
+  // overflow.
+  static constexpr float kShift = kPV == ptx::Operand::kBF16 ? 32.0f : 0.0f;
   static_assert(kQKRow >= 64, "the swizzle needs rows of at least 64 bytes");
 };
 
@@ -279,15 +283,12 @@ __device__ __forceinline__ void multiply_qk(Accumulator (&s)[C::kRowTiles][C::kB
   }
 }
 
-// Keys 16 * step to 16 * step + 15 of the tile: O += P V, and the row sums of the rounded P as a product with ones.
+// Keys 16 * step to 16 * step + 15 of the tile: O += P V.
 template <class C>
-__device__ __forceinline__ void multiply_pv(float (&o)[C::kRowTiles][C::kHeadDim / 8][4], float (&sum)[C::kRowTiles][4],
+__device__ __forceinline__ void multiply_pv(float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
                                             const uint32_t (&p)[C::kRowTiles][4], uint32_t v_tile, int step) {
   const int lane = threadIdx.x % 32;
   const uint32_t v_lane = v_tile + chunk_offset<C::kVRow>(lane % 16, lane / 16);
-  constexpr uint32_t kOnes = C::kPV == ptx::Operand::kF16 ? 0x3c003c00u : 0x3f803f80u;
-#pragma unroll
-  for (int t = 0; t < C::kRowTiles; t++) ptx::mma<C::kPV>(sum[t], p[t], kOnes, kOnes, sum[t]);
 #pragma unroll
   for (int n = 0; n < C::kHeadDim / 16; n++) {
     uint32_t b[4];
@@ -303,15 +304,10 @@ __device__ __forceinline__ void multiply_pv(float (&o)[C::kRowTiles][C::kHeadDim
 // A whole tile with f16 sums, which are then added to O.
 template <class C>
 __device__ __forceinline__ void multiply_pv_f16(float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
-                                                float (&sum)[C::kRowTiles][4],
                                                 const uint32_t (&p)[C::kBlockN / 16][C::kRowTiles][4],
                                                 uint32_t v_tile) {
   const int lane = threadIdx.x % 32;
   const uint32_t v_lane = v_tile + chunk_offset<C::kVRow>(lane % 16, lane / 16);
-#pragma unroll
-  for (int step = 0; step < C::kBlockN / 16; step++)
-#pragma unroll
-    for (int t = 0; t < C::kRowTiles; t++) ptx::mma<C::kPV>(sum[t], p[step][t], 0x3c003c00u, 0x3c003c00u, sum[t]);
 #pragma unroll
   for (int n = 0; n < C::kHeadDim / 16; n++) {
     uint32_t part[C::kRowTiles][2][2] = {};
@@ -433,13 +429,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const float* const k_scales =
       kQuantized ? p.k_scales + kv_plane * p.k_groups + (k_groups_a_run == 4 ? c : 0) : nullptr;
 
-  float o[kRowTiles][kDTiles][4], maximum[kRowTiles][2], sum[kRowTiles][4];
+  float o[kRowTiles][kDTiles][4], maximum[kRowTiles][2], sum[kRowTiles][2];
 #pragma unroll
   for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) maximum[t][half] = -INFINITY;
-#pragma unroll
-    for (int e = 0; e < 4; e++) sum[t][e] = 0.0f;
+    for (int half = 0; half < 2; half++) {
+      maximum[t][half] = -INFINITY;
+      sum[t][half] = 0.0f;  // of this lane's columns
+    }
 #pragma unroll
     for (int n = 0; n < kDTiles; n++)
 #pragma unroll
@@ -555,6 +552,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         multiplier[t][half] = C::kColumnTerms ? 1.0f : clamp_factor(factor[t][half] * k_scale);
+        // The bias of open tiles leaves in one addend with the maximum. That is exact as the multiplier has three
+        // bits less, so that its product with the bias fits, and as the kept maximum is an integer.
+        if (kQuantized) multiplier[t][half] = float_of(bits_of(multiplier[t][half]) & ~7u);
         float largest;
         if constexpr (kLazy) {
           int32_t bits = raw[t][0][2 * half];
@@ -569,13 +569,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         largest *= multiplier[t][half];
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+        if (kQuantized) largest = ceilf(largest);
         const float next = largest > maximum[t][half] + C::kHeadroom ? largest : maximum[t][half];
         const float offset = next == -INFINITY ? 0.0f : next;  // nothing visible yet
         rescale[half] = ptx::exp2_approx(maximum[t][half] - offset);
         maximum[t][half] = next;
-        // The bias of open tiles leaves with the maximum. That rounds a whole row by less than one step of its
-        // integer scores, hundreds of times less than INT8 has rounded each of them.
-        addend[t][half] = kLazy ? fmaf(-kBias, multiplier[t][half], -offset) : -offset;
+        addend[t][half] = (kLazy ? fmaf(-kBias, multiplier[t][half], -offset) : -offset) - C::kShift;
       }
       if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
@@ -583,7 +582,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 #pragma unroll
           for (int e = 0; e < 4; e++) o[t][n][e] *= rescale[e / 2];
 #pragma unroll
-        for (int e = 0; e < 4; e++) sum[t][e] *= rescale[e / 2];
+        for (int half = 0; half < 2; half++) sum[t][half] *= rescale[half];
       }
     }
     if constexpr (kMasked) isolate_values<C>(shared + (v_tile - q_tile), o, lane_limit, key0);
@@ -605,6 +604,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
             else
               x = s[t][2 * step + n][i];
             e[i] = ptx::exp2_approx(fmaf(x, multiplier[t][i / 2], addend[t][i / 2]));
+            sum[t][i / 2] += e[i];
           }
           probabilities[step][t][2 * n] = pack<C::kPV>(e[0], e[1]);
           probabilities[step][t][2 * n + 1] = pack<C::kPV>(e[2], e[3]);
@@ -615,9 +615,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
       if (step + 1 < kSteps) exponentiate(step + 1);
-      if constexpr (!C::kF16Accumulator) multiply_pv<C>(o, sum, probabilities[step], v_tile, step);
+      if constexpr (!C::kF16Accumulator) multiply_pv<C>(o, probabilities[step], v_tile, step);
     }
-    if constexpr (C::kF16Accumulator) multiply_pv_f16<C>(o, sum, probabilities, v_tile);
+    if constexpr (C::kF16Accumulator) multiply_pv_f16<C>(o, probabilities, v_tile);
   };
   const auto any_not_finite = [&](int tile) {
     uint32_t bits = 0;
@@ -643,12 +643,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = lane_row + t * 16 + half * 8;
-      const float total = sum[t][2 * half];  // every column of the product with ones
+      float total = sum[t][half];
+      total += __shfl_xor_sync(~0u, total, 1);
+      total += __shfl_xor_sync(~0u, total, 2);
       if (row >= p.q_tokens) continue;
       const bool visible = sees(t, half, 0);
       const float inverse = 1.0f / total;
       if (p.lse != nullptr && c == 0) {
-        float lse = (maximum[t][half] + log2f(total)) * kLn2;
+        float lse = (maximum[t][half] + (log2f(total) + C::kShift)) * kLn2;
         if (p.lse_shift != nullptr) lse += p.lse_shift[plane * p.q_tokens + row];
         p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = visible ? lse : -INFINITY;
       }
@@ -662,6 +664,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
           float value = o[t][n][2 * half + e] * inverse;
           if (p.v_scales != nullptr) value *= p.v_scales[kv_plane * p.v_dim + channel];
           if (p.v_mean != nullptr) value += p.v_mean[kv_plane * p.v_dim + channel];
+          // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
+          if (is_finite(value)) value = fminf(fmaxf(value, -p.largest), p.largest);
           store_element(p.o, p.out_dtype, o_row + channel * p.o_stride[3], visible ? value : 0.0f);
         }
       }

@@ -46,7 +46,8 @@ struct Sage1Op {
   View q_scales, k_scales;  // f32 [B, H, groups, 1]
   View delta;  // absent, or f32 [B, Hq, ceil(Nq / delta_rows), Nk]: (rows subtracted from Q) . K^T, not yet times scale
   int64_t delta_rows;
-  View v;                 // f16 or bf16
+  View v;                 // f16
+  DType v_dtype;          // of V as it was given
   View v_scales, v_mean;  // f32 [B, H, 1, Dv] or absent
   View o, lse;
   View lse_shift;  // absent, or f32 [B, Hq, Nq, 1]: added to lse (natural logarithm): scale * q . k_mean

@@ -1,5 +1,7 @@
 // Quantization with scales of groups of rows: one block reads the rows of whole groups, keeps them in registers while
 // it finds their largest magnitudes, and writes codes and scales.
+#include <algorithm>
+
 #include "encode.cuh"
 #include "quantize_channels.h"
 #include "workspace.h"
@@ -233,10 +235,11 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
 void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStream_t stream) {
   const Groups groups = make_groups(op.grouping, op.group_rows);
   dim3 block = block_of(op.codes.channels());
-  if (op.mean.tokens() > 1) {  // no more rows than share a mean
-    while (block.y > 4 && kRows * block.y > op.mean_rows) block.y /= 2;
+  const int64_t run_rows = groups.runs.rows;
+  if (op.mean.tokens() > 1) {  // no more rows than share a mean, but still whole groups
+    while (kRows * block.y > op.mean_rows && kRows * block.y / 2 >= std::max<int64_t>(run_rows, 32)) block.y /= 2;
   }
-  const int64_t tile_rows = kRows * block.y, run_rows = groups.runs.rows;
+  const int64_t tile_rows = kRows * block.y;
   const int64_t runs = run_rows < tile_rows ? tile_rows / run_rows : 1;
 
   GroupArguments a{};

@@ -174,6 +174,7 @@ class CudaStream final : public Stream {
 
   void smooth(const SmoothOp& op) override {
     enter(device_);
+    expect_channels("smooth", op.x);
     const Workspace scratch(*this, mean_scratch_bytes(op.x, op.block_rows));
     launch_mean(op.x, op.mean, op.block_rows, scratch.at(0), stream_);
     if (op.smoothed) launch_subtract_mean(op.x, op.mean, op.block_rows, op.smoothed, stream_);
@@ -181,12 +182,14 @@ class CudaStream final : public Stream {
 
   void quantize(const QuantizeOp& op) override {
     enter(device_);
+    expect_channels("quantize", op.x);
     const Workspace scratch(*this, quantize_scratch_bytes(op));
     launch_quantize(op, nullptr, scratch.at(0), stream_);
   }
 
   void dequantize(const QuantizeOp& op) override {
     enter(device_);
+    expect_channels("dequantize", op.x);
     launch_dequantize(op, stream_);
   }
 
@@ -254,6 +257,14 @@ class CudaStream final : public Stream {
     SAGE_FAIL(SAGE_OUT_OF_MEMORY, "Cannot allocate " + std::to_string(bytes) + " bytes on " + name_of(device_) + ": " +
                                       std::to_string(free_bytes) + " of its " + std::to_string(total_bytes) +
                                       " bytes are free.");
+  }
+
+  // A block holds whole rows.
+  static void expect_channels(const char* action, const View& x) {
+    if (x.channels() <= 256) return;
+    SAGE_FAIL(SAGE_UNSUPPORTED, std::string("Cannot ") + action +
+                                    " as x.shape[3] must be at most 256 on a CUDA device: current value is " +
+                                    std::to_string(x.channels()) + ".");
   }
 
   static void expect_sage1(const Plan& plan) {
@@ -337,6 +348,7 @@ class CudaStream final : public Stream {
     }
 
     run.v = op.v;
+    run.v_dtype = op.v.dtype;
     run.v_mean = v_mean;
     if (layout.convert_v) {
       convert_values(op.v, v_mean, layout.padded_v_dim, plan, memory.at(layout.v), memory.at(layout.v_scales),
@@ -387,6 +399,7 @@ class CudaStream final : public Stream {
     }
 
     run.v = op.v;
+    run.v_dtype = op.v.dtype;
     if (needs.convert_v) {
       convert_values(op.v, {}, layout.padded_v_dim, plan, memory.at(layout.v), memory.at(layout.v_scales),
                      memory.at(layout.scratch), run);
