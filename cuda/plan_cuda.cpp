@@ -24,8 +24,8 @@ void set_cuda_tiles(const AttentionShape& shape, Plan& plan) {
   plan.architecture = 80;
   plan.implementation = "sm_80 mma";
   plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
-  const cuda::AttentionTuning tuning =
-      cuda::attention_tuning(plan.padded_head_dim, plan.kernel != Kernel::kFlash, plan.f16_accumulator);
+  const cuda::AttentionTuning tuning = cuda::attention_tuning(plan.padded_head_dim, plan.kernel != Kernel::kFlash,
+                                                              plan.f16_accumulator, cuda::few_rows_pay(shape.k_tokens));
   plan.block_q = tuning.block_q();
   plan.block_k = tuning.block_k;
 }

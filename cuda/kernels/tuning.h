@@ -16,11 +16,14 @@ struct AttentionTuning {
 
 constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
-constexpr AttentionTuning attention_tuning(int padded_head_dim, bool quantized, bool f16_accumulator) {
+// Blocks of few rows waste less on the diagonal and fill the device sooner; those of many read K and V less often.
+constexpr bool few_rows_pay(long long k_tokens) { return k_tokens <= 8192; }
+
+constexpr AttentionTuning attention_tuning(int padded_head_dim, bool quantized, bool f16_accumulator, bool few_rows) {
   if (padded_head_dim > 128) return {1, 2, 1, false};
   if (padded_head_dim > 64) {
     if (!quantized) return {2, 2, 1, false};
-    return f16_accumulator ? AttentionTuning{1, 3, 2, false} : AttentionTuning{2, 2, 2, false};
+    return f16_accumulator || few_rows ? AttentionTuning{1, 3, 2, false} : AttentionTuning{2, 2, 2, false};
   }
   return quantized ? AttentionTuning{1, 4, 2, false} : AttentionTuning{2, 2, 2, true};
 }
