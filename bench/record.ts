@@ -330,7 +330,7 @@ await runTask(async () => {
   if (!options["skip-tests"]) console.log(closingLine(tests));
 
   const [driver] = await query("driver_version");
-  const began = performance.now(), budgetMs = options.quick ? 50 : 150;
+  const began = performance.now(), budgetMs = options.quick ? 50 : 80;
   const rows: Row[] = [];
   using device = Device.open("cuda:0");
   const { name } = device.info;

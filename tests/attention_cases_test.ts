@@ -96,8 +96,8 @@ interface Bounds {
 const bounds: Record<TestKernel, Record<FloatDType, Bounds>> = {
   flash: {
     f32: { all: 6e-7, row: 2e-6, lse: 2e-6 },
-    f16: { all: 2.7e-4, row: 3.8e-4, lse: 2e-6 },
-    bf16: { all: 2e-3, row: 3.3e-3, lse: 2e-6 },
+    f16: { all: 3.7e-4, row: 7.5e-4, lse: 3.5e-6 },
+    bf16: { all: 2.9e-3, row: 3.3e-3, lse: 3.5e-6 },
   },
   sage1: quantized({ all: 0.017, row: 0.047, lse: 0.047 }),
   "sage1-int8": quantized({ all: 0.025, row: 0.055, lse: 0.047 }),
