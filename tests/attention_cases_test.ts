@@ -92,12 +92,12 @@ interface Bounds {
   lse: number;
 }
 
-// Recorded on the CPU, and a third more.
+// Recorded on both devices, and a third more.
 const bounds: Record<TestKernel, Record<FloatDType, Bounds>> = {
   flash: {
     f32: { all: 6e-7, row: 2e-6, lse: 2e-6 },
     f16: { all: 3.7e-4, row: 7.5e-4, lse: 3.5e-6 },
-    bf16: { all: 2.9e-3, row: 3.3e-3, lse: 3.5e-6 },
+    bf16: { all: 2.9e-3, row: 5.4e-3, lse: 3.5e-6 },
   },
   sage1: quantized({ all: 0.017, row: 0.047, lse: 0.047 }),
   "sage1-int8": quantized({ all: 0.025, row: 0.055, lse: 0.047 }),

@@ -397,10 +397,10 @@ Deno.test({
     const script = `set -e
 exec 2>&1
 mkdir -p dist
-mount -t tmpfs -o size=256k tmpfs dist
+mount -t tmpfs -o size=16m tmpfs dist
 "$DENO" run --allow-all build.ts ${cpuOnly.join(" ")}
 cksum < dist/libsage.so > before
-head -c 1M /dev/zero > dist/filling || true
+head -c 32M /dev/zero > dist/filling || true
 echo '// more' >> cuda/cpu/six.cpp
 ! "$DENO" run --allow-all build.ts ${cpuOnly.join(" ")} || exit 9
 cksum < dist/libsage.so | cmp - before
