@@ -9,6 +9,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels.h"
@@ -36,6 +37,8 @@ struct AttentionParams {
   int q_heads, group;  // query heads that share one KV head
   int q_blocks;        // of one head
   int64_t first_item;
+  int64_t planes;  // heads of all batches
+  int64_t run_planes;
   bool causal;
   float scale_log2;  // softmax scale times log2(e)
   float largest;     // that V can hold
@@ -346,25 +349,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
-// Channels channel and channel + 1 of a row, of which those below `end` exist; `paired` where both can be stored at
-// once.
-__device__ __forceinline__ void store_pair(char* row, DType dtype, int64_t stride, int channel, int end, bool paired,
-                                           float2 value) {
-  if (paired && channel + 1 < end) {
-    if (dtype == DType::kF16) reinterpret_cast<__half2*>(row)[channel / 2] = __float22half2_rn(value);
-    if (dtype == DType::kBF16) reinterpret_cast<__nv_bfloat162*>(row)[channel / 2] = __float22bfloat162_rn(value);
-    if (dtype == DType::kF32) reinterpret_cast<float2*>(row)[channel / 2] = value;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    if (channel + i >= end) continue;
-    const float x = i == 0 ? value.x : value.y;
-    const int64_t at = (channel + i) * stride;
-    if (dtype == DType::kF16) reinterpret_cast<__half*>(row)[at] = __float2half_rn(x);
-    if (dtype == DType::kBF16) reinterpret_cast<__nv_bfloat16*>(row)[at] = __float2bfloat16_rn(x);
-    if (dtype == DType::kF32) reinterpret_cast<float*>(row)[at] = x;
-  }
+__device__ __forceinline__ void store_element(char* base, DType dtype, int64_t index, float value) {
+  if (dtype == DType::kF16)
+    reinterpret_cast<__half*>(base)[index] = __float2half_rn(value);
+  else if (dtype == DType::kBF16)
+    reinterpret_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16_rn(value);
+  else
+    reinterpret_cast<float*>(base)[index] = value;
 }
 
 // Keeps a factor where neither factor * 0 nor factor * -inf is NaN, and a whole score stays finite. NaN stays.
@@ -386,10 +377,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const uint32_t q_tile = ptx::shared_address(shared);
   const uint32_t first_stage = q_tile + C::kQBytes;
 
-  // Which rows and keys: the longest causal blocks are launched first.
-  const int64_t item = p.first_item + blockIdx.x;
-  const int q_block = p.q_blocks - 1 - static_cast<int>(item % p.q_blocks);
-  const int64_t plane = item / p.q_blocks;
+  // Which rows and keys: within a run of heads whose K and V the cache can hold, the longest causal blocks come first.
+  const int64_t item = p.first_item + blockIdx.x, run = item / (p.run_planes * p.q_blocks);
+  const int64_t first_plane = run * p.run_planes, place = item - first_plane * p.q_blocks;
+  const int64_t planes = min(p.run_planes, p.planes - first_plane);
+  const int q_block = p.q_blocks - 1 - static_cast<int>(place / planes);
+  const int64_t plane = first_plane + place % planes;
   const int batch = static_cast<int>(plane / p.q_heads), head = static_cast<int>(plane % p.q_heads);
   const int kv_head = head / p.group;
   const int64_t kv_plane = plane / p.q_heads * (p.q_heads / p.group) + kv_head;
@@ -667,25 +660,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         if (p.lse_shift != nullptr) lse += p.lse_shift[plane * p.q_tokens + row];
         p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = visible ? lse : -INFINITY;
       }
-      const int bytes = p.out_dtype == DType::kF32 ? 4 : 2;
-      char* const o_row = p.o + (batch * p.o_stride[0] + head * p.o_stride[1] + row * p.o_stride[2]) * bytes;
-      const bool paired = p.o_stride[3] == 1 && reinterpret_cast<uintptr_t>(o_row) % (2 * bytes) == 0;
+      const int64_t o_row = batch * p.o_stride[0] + head * p.o_stride[1] + row * p.o_stride[2];
 #pragma unroll
       for (int n = 0; n < kDTiles; n++) {
-        const int channel = n * 8 + c * 2;
-        if (channel >= p.v_dim) continue;
-        float value[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int64_t known = kv_plane * p.v_dim + min(channel + e, p.v_dim - 1);
-          value[e] = o[t][n][2 * half + e] * inverse;
-          if (p.v_scales != nullptr) value[e] *= p.v_scales[known];
-          if (p.v_mean != nullptr) value[e] += p.v_mean[known];
+          const int channel = n * 8 + c * 2 + e;
+          if (channel >= p.v_dim) continue;
+          float value = o[t][n][2 * half + e] * inverse;
+          if (p.v_scales != nullptr) value *= p.v_scales[kv_plane * p.v_dim + channel];
+          if (p.v_mean != nullptr) value += p.v_mean[kv_plane * p.v_dim + channel];
           // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
-          if (is_finite(value[e])) value[e] = fminf(fmaxf(value[e], -p.largest), p.largest);
-          if (!visible) value[e] = 0.0f;
+          if (is_finite(value)) value = fminf(fmaxf(value, -p.largest), p.largest);
+          store_element(p.o, p.out_dtype, o_row + channel * p.o_stride[3], visible ? value : 0.0f);
         }
-        store_pair(o_row, p.out_dtype, p.o_stride[3], channel, p.v_dim, paired, make_float2(value[0], value[1]));
       }
     }
   }
@@ -711,6 +699,10 @@ template <class C>
 void launch_attention(AttentionParams params, int64_t planes, cudaStream_t stream) {
   SAGE_CUDA(cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
   params.q_blocks = (params.q_tokens + C::kBlockM - 1) / C::kBlockM;
+  params.planes = planes;
+  const int64_t plane_bytes = int64_t{params.k_tokens} * (C::kQKRow + C::kVRow) / params.group + 1;
+  constexpr int64_t kCacheBytes = 32 << 20, kMostPlanes = 32;
+  params.run_planes = params.causal ? std::clamp<int64_t>(kCacheBytes / plane_bytes, 1, kMostPlanes) : 1;
   const int64_t items = planes * params.q_blocks, most = int64_t{1} << 30;
   for (params.first_item = 0; params.first_item < items; params.first_item += most) {
     const int64_t blocks = items - params.first_item < most ? items - params.first_item : most;
