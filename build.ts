@@ -41,7 +41,7 @@ const allArchitectures = ["80", "90a"];
 const fallbackPtx = "80";
 
 /** Sums of products, in which a * b + c may round once; all else must equal the CPU's results bit for bit. */
-const contractingSources = /\/(attention\w*|row_products)\.cu$/;
+const contractingSources = /\/(flash\w*|\w*attention\w*|row_products)\.cu$/;
 
 /** Sources in this folder hold instructions that only sm_90a has. */
 const hopperFolder = "cuda/kernels/sm90/";
@@ -73,10 +73,14 @@ export interface Manifest {
   bundle: { file: string; by: string } | null;
 }
 
-interface Target {
-  cuda?: CudaCompiler;
+/** What a library holds code for. */
+interface Built {
   architectures: string[];
   ptx: string[];
+}
+
+interface Target extends Built {
+  cuda?: CudaCompiler;
 }
 
 /** Which architectures the options ask for on this machine; says what was found. */
@@ -205,6 +209,25 @@ function portableCode(architectures: string[], ptx: string[]): string[] {
   );
 }
 
+/** Where a build's objects for its GPUs lie. */
+function variantFolder({ architectures, ptx }: Built, debug: boolean): string {
+  const names = [...architectures, ...ptx.map((name) => `ptx${name}`)];
+  return `build/${debug ? "debug" : "release"}/${names.join("-") || "cpu"}`;
+}
+
+/** Where a build keeps what ptxas said of a source for Hopper. */
+function reportPath(source: string, built: Built, debug: boolean): string {
+  return `${variantFolder(built, debug)}/${source}.o.txt`;
+}
+
+/** Where the build that wrote a manifest keeps what ptxas said of the kernels for Hopper. */
+export async function hopperReports(manifest: Manifest): Promise<string[]> {
+  if (manifest.cudaVersion === null) return [];
+  return (await translationUnits(root, true))
+    .filter((source) => source.startsWith(hopperFolder))
+    .map((source) => reportPath(source, manifest, manifest.debug));
+}
+
 interface Constants {
   version: string;
   sourceHash: string;
@@ -217,9 +240,8 @@ async function planUnits(
   flags: Flags,
   options: { debug: boolean; jobs: number; constants: Constants },
 ): Promise<Unit[]> {
-  const mode = options.debug ? "debug" : "release";
-  const variant = [...target.architectures, ...target.ptx.map((name) => `ptx${name}`)].join("-") ||
-    "cpu";
+  const variant = variantFolder(target, options.debug);
+  const hostFolder = `build/${options.debug ? "debug" : "release"}/host`;
   const defines = [
     `-DSAGE_VERSION="${options.constants.version}"`,
     `-DSAGE_ARCHITECTURES="${target.architectures.join(" ")}"`,
@@ -227,18 +249,19 @@ async function planUnits(
     `-DSAGE_CUDA_VERSION=${target.cuda?.version ?? 0}`,
   ];
   return (await translationUnits(root, target.cuda !== undefined)).map((source) => {
-    const object = (folder: string) => `build/${mode}/${folder}/${source}.o`;
+    const object = (folder: string) => `${folder}/${source}.o`;
+    const hopper = source.startsWith(hopperFolder);
     if (!source.endsWith(".cu")) {
       const describes = source === "cuda/api.cpp";
       return {
         source,
-        object: object(describes ? variant : "host"),
+        object: object(describes ? variant : hostFolder),
         compiler: host.version,
         command: [host.path, ...flags.host, ...describes ? defines : []],
       };
     }
-    const code = source.startsWith(hopperFolder)
-      ? ["-gencode=arch=compute_90a,code=sm_90a"]
+    const code = hopper
+      ? ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
       : portableCode(target.architectures, target.ptx);
     return {
       source,
@@ -251,6 +274,7 @@ async function planUnits(
         ...code,
       ],
       speed: [`--threads=${options.jobs}`],
+      ...hopper && { report: reportPath(source, target, options.debug) },
     };
   });
 }

@@ -30,7 +30,13 @@ export {
   flashAttention,
   type TensorSpec,
 } from "./lib/attention.ts";
-export { Device, type DeviceInfo, type DeviceKind, type MemoryStats } from "./lib/device.ts";
+export {
+  Device,
+  type DeviceInfo,
+  type DeviceKind,
+  type MemoryStats,
+  type Stage,
+} from "./lib/device.ts";
 export {
   type CodeDType,
   type DType,

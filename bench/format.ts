@@ -1,13 +1,19 @@
 // What a file in bench/results/ holds.
 
-/** A problem; key-value heads are as many as heads. */
+/** A problem of attention; a query token sees every key, or with `causal` those up to its own place. */
 export interface Shape {
   headDim: number;
   causal: boolean;
   batch: number;
   heads: number;
+  kvHeads: number;
+  /** Keys, and queries too where `queries` is absent. */
   tokens: number;
+  queries?: number;
 }
+
+/** What lies between floating-point tensors and the output, and how many milliseconds each part takes. */
+export type Stages = Record<string, number>;
 
 /** One measurement. */
 export interface Row {
@@ -19,13 +25,18 @@ export interface Row {
   batch: number;
   heads: number;
   kvHeads: number;
+  /** Keys, and queries too where `queries` is absent. */
   tokens: number;
+  queries?: number;
   /** Of the tensors that come in. */
   dtype: string;
   /** From floating-point tensors to the output; else from quantized ones. */
   endToEnd: boolean;
+  /** Median of the samples. */
   ms: number;
-  /** 4 · batch · heads · tokens² · headDim, halved where causal, over time. */
+  /** What lies between the quartiles of the samples, over their median. */
+  noise?: number;
+  /** 4 · batch · heads · queries · tokens · headDim, halved where causal, over time. */
   tflops?: number;
   /** Bytes that must move over time. */
   tbs?: number;
@@ -35,8 +46,18 @@ export interface Row {
   peer: boolean;
   /** sage1: what sums P·V within a tile. */
   accumulator?: "f32" | "f16";
+  /** sage2: how scores become codes of P. */
+  exp?: "exact" | "fast";
+  /** Whether the sink and the diagonal ran in the precision of the inputs. */
+  band?: boolean;
   /** Which code ran. */
   implementation?: string;
+  /** Of a call, besides its tensors. */
+  workspaceBytes?: number;
+  /** Medians of the parts of a call. */
+  stages?: Stages;
+  /** Of the SMs while this row was measured, as the driver tells it; under a power limit the real one is lower. */
+  clockMHz?: number;
   operand?: string;
   /** Whether the mean was taken and subtracted too. */
   smooth?: boolean;
@@ -49,27 +70,88 @@ export interface Accuracy {
   file: string;
   kernel: string;
   accumulator?: "f32" | "f16";
+  exp?: "exact" | "fast";
+  band?: boolean;
   cosine: number;
   relativeL1: number;
   rmse: number;
 }
 
+/** Of the SMs and the memory, in MHz, while measuring; and the highest that the GPU has. */
+export interface Clocks {
+  sm: { min: number; median: number; max: number };
+  smHighest: number;
+  memory: number;
+}
+
 /** A whole record. */
 export interface Results {
   device: string;
-  driver: string;
+  /** Instruction sets in use: "sm_90", "avx512 vnni". */
+  features?: string;
+  /** Streaming multiprocessors, or threads of the CPU. */
+  multiprocessors?: number;
+  /** Of the GPU. */
+  driver?: string;
   date: string;
   /** SHA-256 of the sources in cuda/. */
   source: string;
   compilers: { host: string; cuda: string | null };
-  /** Of the SMs, in MHz, while measuring; and the highest that the GPU has. */
-  clocks: { sm: { min: number; median: number; max: number }; smHighest: number; memory: number };
-  /** While measuring. */
-  power: { limitW: number; medianW: number };
-  tests: { passed: number; failed: number; skipped: number };
+  /** Of a GPU. */
+  clocks?: Clocks;
+  /** Of a GPU, while measuring. */
+  power?: { limitW: number; medianW: number };
+  /** Of the suite, or of those of its tests whose name contains `filter`. */
+  tests: { passed: number; failed: number; skipped: number; filter?: string };
   /** A copy from device memory to device memory, read and written bytes; absent without PyTorch. */
   copyTbs?: number;
-  peers?: { torch: string; cudnn: number };
+  /** How much the same call's time differed between the beginning and the end of the run, as a share. */
+  drift?: number;
+  /** Versions of the programs that were measured beside ours. */
+  peers?: Record<string, string | number>;
   rows: Row[];
   accuracy: Accuracy[];
+}
+
+/** What tells a row from the others of its group, in words and in order. */
+export function describe(row: Row): string {
+  return [
+    row.group,
+    nameOf(row),
+    row.operand,
+    `D=${row.headDim}`,
+    row.causal === undefined ? undefined : row.causal ? "causal" : "full",
+    `B=${row.batch}`,
+    `H=${row.heads}${row.kvHeads === row.heads ? "" : `/${row.kvHeads}`}`,
+    `N=${row.queries === undefined ? "" : `${row.queries}×`}${row.tokens}`,
+    row.dtype === "bf16" ? undefined : row.dtype,
+    row.smooth ? "smoothed" : undefined,
+    row.blockRows ? `mean of ${row.blockRows}` : undefined,
+    row.endToEnd ? undefined : "kernel alone",
+  ].filter((part) => part !== undefined).join(" ");
+}
+
+/** A kernel and its choices: "sage1 f16", "sage2 fast". */
+export function nameOf(row: Pick<Row, "kernel" | "accumulator" | "exp" | "band">): string {
+  return [row.kernel, row.accumulator, row.exp, row.band ? "band" : undefined]
+    .filter((part) => part !== undefined).join(" ");
+}
+
+/** Floating-point operations of attention as the field counts them. */
+export function flopOf(shape: Shape): number {
+  const { batch, heads, tokens, queries = tokens, headDim, causal } = shape;
+  return 4 * batch * heads * queries * tokens * headDim / (causal ? 2 : 1);
+}
+
+/** Bytes of keys and values in 16 bits: what decoding must read. */
+export function cacheBytes({ batch, kvHeads, tokens, headDim }: Shape): number {
+  return 2 * 2 * batch * kvHeads * tokens * headDim;
+}
+
+/** How fast a row is, in units that suit it. */
+export function speedOf({ tflops, tbs }: Pick<Row, "tflops" | "tbs">): string {
+  const unit = tbs === undefined ? "FLOP/s" : "B/s", value = tbs ?? tflops!;
+  return value < 1
+    ? `${(1000 * value).toPrecision(3)} G${unit}`
+    : `${value.toPrecision(value < 1000 ? 3 : 4)} T${unit}`;
 }

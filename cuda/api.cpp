@@ -2,12 +2,14 @@
 // work is handed to a stream; whatever goes wrong becomes a status and a message.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <new>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "plan.h"
 #include "registry.h"
@@ -252,8 +254,17 @@ void check_shapes(const Tensors& tensors, const View& q, const View& k, const Vi
 }
 
 AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, bool causal) {
-  return {q.batch(),    q.heads(),    k.heads(), q.tokens(), k.tokens(),
-          q.channels(), v.channels(), q.dtype,   o.dtype,    causal};
+  return {q.batch(),
+          q.heads(),
+          k.heads(),
+          q.tokens(),
+          k.tokens(),
+          q.channels(),
+          v.channels(),
+          q.dtype,
+          o.dtype,
+          causal,
+          has_boxes(q) && has_boxes(k) && has_boxes(v)};
 }
 
 float resolve_scale(const sage_attention_options& options, const View& q) {
@@ -356,6 +367,8 @@ int32_t range_option(const Plan& plan) {
   return plan.p_range == 448.0f ? SAGE_RANGE_448_2 : plan.p_range == 224.0f ? SAGE_RANGE_224_4 : SAGE_RANGE_112_9;
 }
 
+constexpr size_t kFirstPlanSize = offsetof(sage_plan, exponential);
+
 sage_plan show(const Plan& plan) {
   const auto shown = [](bool on) { return on ? SAGE_ON : SAGE_OFF; };
   sage_plan out{};
@@ -374,18 +387,19 @@ sage_plan show(const Plan& plan) {
   out.workspace_bytes = plan.workspace_bytes;
   copy_text(out.implementation, plan.implementation);
   copy_text(out.reason, plan.reason);
+  out.exponential = plan.fast_exponential ? SAGE_EXPONENTIAL_FAST : SAGE_EXPONENTIAL_EXACT;
   return out;
 }
 
 void explain(const sage_attention_call* from, sage_plan* plan) {
   constexpr const char* kAction = "explain attention";
   const auto call = read_struct(kAction, "call", from);
-  check_struct(kAction, "plan", plan, sizeof *plan, false);
+  check_struct(kAction, "plan", plan, kFirstPlanSize, sizeof *plan, false);
   const auto stream = Registry::shared().stream(call.stream);
   Tensors tensors(kAttention, stream->device);
   const AttentionOp op = read_attention(call, stream->traits, tensors);
   tensors.pin(*stream, Tensors::Absent::kAllowed);
-  write_struct(kAction, "plan", plan, show(op.plan));
+  write_struct(kAction, "plan", plan, show(op.plan), kFirstPlanSize);
 }
 
 }  // namespace
@@ -424,7 +438,7 @@ sage_status sage_cuda_device_count(int32_t* count, char* error, size_t error_siz
 sage_status sage_device_describe(int32_t device, sage_device_info* info, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
     constexpr const char* kAction = "describe a device";
-    check_struct(kAction, "info", info, sizeof *info, false);
+    check_struct(kAction, "info", info, sizeof *info, sizeof *info, false);
     check_device(kAction, device);
     if (device != SAGE_CPU) check_cuda_device(kAction, device);
     write_struct(kAction, "info", info, device == SAGE_CPU ? describe_cpu() : describe_cuda(device));
@@ -526,7 +540,7 @@ sage_status sage_memory_fill(uint64_t stream, uint64_t address, uint8_t value, u
 sage_status sage_memory_describe(int32_t device, sage_memory_stats* stats, char* error, size_t error_size) {
   return guarded(error, error_size, [&] {
     constexpr const char* kAction = "describe memory";
-    check_struct(kAction, "stats", stats, sizeof *stats, false);
+    check_struct(kAction, "stats", stats, sizeof *stats, sizeof *stats, false);
     check_device(kAction, device);
     if (device != SAGE_CPU) check_cuda_device(kAction, device);
     sage_memory_stats out{};
@@ -581,6 +595,39 @@ sage_status sage_event_elapsed(uint64_t begin, uint64_t end, float* milliseconds
 
 sage_status sage_event_destroy(uint64_t event, char* error, size_t error_size) {
   return guarded(error, error_size, [&] { Registry::shared().close_event(event); });
+}
+
+// ---- stage timings --------------------------------------------------------------------------------------
+
+sage_status sage_stream_trace(uint64_t stream, int32_t on, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] {
+    constexpr const char* kAction = "trace a stream";
+    if (on != 0 && on != 1) SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAction, "on", "be 0 or 1", on));
+    const OpenGate gate(stream);
+    if (gate->traced.exchange(on != 0) && on) {
+      SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAction, "its tracing", "be off", "on"));
+    }
+    gate->queue->trace(on != 0);
+  });
+}
+
+sage_status sage_stream_read_trace(uint64_t stream, sage_stage* stages, uint64_t capacity, uint64_t* count, char* error,
+                                   size_t error_size) {
+  return guarded(error, error_size, [&] {
+    constexpr const char* kAction = "read a trace";
+    check_pointer(kAction, "count", count);
+    if (capacity != 0) check_pointer(kAction, "stages", stages);
+    const auto open = Registry::shared().stream(stream);
+    if (!open->traced) SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAction, "the stream's tracing", "be on", "off"));
+    const std::vector<Stage> found = open->queue->read_trace();
+    for (uint64_t i = 0; i < std::min<uint64_t>(capacity, found.size()); ++i) {
+      sage_stage stage{};
+      copy_text(stage.name, found[i].name);
+      stage.ms = found[i].ms;
+      store(stages + i, stage);
+    }
+    store(count, uint64_t(found.size()));
+  });
 }
 
 // ---- operations -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "numerics.h"
 #include "sage.h"
@@ -79,6 +80,7 @@ struct Plan {
   int64_t q_group_rows, k_group_rows;
   bool smooth_q, smooth_k, smooth_v;
   bool f16_accumulator;    // sage1: P.V sums of one key tile in f16
+  bool fast_exponential;   // sage2: codes of P by an integer multiplication
   float p_range, v_range;  // largest code of P and V; 448 unless sage2++
   int block_q, block_k;
   int padded_head_dim;
@@ -111,6 +113,12 @@ class Event {
   virtual ~Event() = default;
 };
 
+// A part of an operation, and how long it took on the device.
+struct Stage {
+  const char* name;  // a literal
+  float ms;
+};
+
 // An ordered queue of work on one device. Calls enqueue and return; they throw Error. Thread-safe.
 class Stream {
  public:
@@ -128,6 +136,9 @@ class Stream {
   virtual std::unique_ptr<Event> create_event() = 0;
   virtual void record(Event& event) = 0;
   virtual float elapsed_ms(Event& begin, Event& end) = 0;  // waits for end
+
+  virtual void trace(bool on) = 0;              // times the stages of what is enqueued from now on; off: forgets them
+  virtual std::vector<Stage> read_trace() = 0;  // waits; empty where tracing is off
 
   virtual void smooth(const SmoothOp& op) = 0;
   virtual void quantize(const QuantizeOp& op) = 0;
@@ -162,7 +173,20 @@ struct AttentionShape {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens, head_dim, v_dim;
   DType dtype, out_dtype;
   bool causal;
+  bool boxes;  // q, k and v can be copied as boxes
 };
+
+// Whether hardware can copy boxes of the tensor (by a tensor map): base and strides are multiples of 16 bytes.
+inline bool has_boxes(const View& view) {
+  constexpr int64_t kLargestStride = int64_t{1} << 40;  // bytes
+  if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
+  if (view.channels() > 1 && view.stride[3] != 1) return false;
+  for (int i = 0; i < 3; i++) {
+    const int64_t stride = view.stride[i] * (bits_per_element(view.dtype) / 8);
+    if (view.shape[i] > 1 && (stride <= 0 || stride % 16 != 0 || stride >= kLargestStride)) return false;
+  }
+  return true;
+}
 
 // Pure: throws SAGE_UNSUPPORTED, with the allowed values, where the device cannot do it.
 Plan plan_attention(const AttentionShape& shape, const sage_attention_options& options, const DeviceTraits& device);

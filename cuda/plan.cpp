@@ -45,6 +45,10 @@ void check_contradictions(Kernel kernel, const sage_attention_options& options) 
                 "be default (0) or f32 (1)");
     }
   }
+  if (kernel != Kernel::kSage2) {
+    check_use(kernel, "exponential", options.exponential, {SAGE_EXPONENTIAL_DEFAULT, SAGE_EXPONENTIAL_EXACT},
+              "be default (0) or exact (1)");
+  }
 }
 
 // ---- defaults -------------------------------------------------------------------------------------------
@@ -71,7 +75,14 @@ void set_groups(Plan& plan, int32_t granularity, uint32_t q_group_rows, uint32_t
   plan.k_group_rows = k.rows;
 }
 
-void set_product(Plan& plan, const sage_attention_options& options) {
+bool fast_exponential(Kernel kernel, int32_t option, const AttentionShape& shape, const DeviceTraits& device) {
+  if (option != SAGE_EXPONENTIAL_DEFAULT) return option == SAGE_EXPONENTIAL_FAST;
+  return kernel == Kernel::kSage2 && (device.cpu ? cpu_fast_exponential() : cuda_fast_exponential(shape, device));
+}
+
+void set_product(Plan& plan, const sage_attention_options& options, const AttentionShape& shape,
+                 const DeviceTraits& device) {
+  plan.fast_exponential = fast_exponential(plan.kernel, options.exponential, shape, device);
   plan.f16_accumulator = plan.kernel == Kernel::kSage1 && options.pv_accumulator == SAGE_ACCUMULATOR_F16;
   plan.p_range = plan.v_range = kE4m3Range;
   if (plan.kernel != Kernel::kSage2PP) return;
@@ -100,7 +111,7 @@ Plan plan_attention(const AttentionShape& shape, const sage_attention_options& o
   plan.smooth_q = on(options.smooth_q, plan.kernel == Kernel::kSage2Int4);
   plan.smooth_k = on(options.smooth_k, quantized);
   plan.smooth_v = on(options.smooth_v, false);
-  set_product(plan, options);
+  set_product(plan, options, shape, device);
   device.cpu ? plan_cpu(shape, device, plan) : plan_cuda(shape, device, plan);
   return plan;
 }
@@ -113,7 +124,7 @@ Plan plan_attention_quantized(const AttentionShape& shape, const sage_attention_
   plan.reason = asked_for(plan.kernel);
   check_contradictions(plan.kernel, options);
   set_groups(plan, options.granularity, call.q_group_rows, call.k_group_rows);
-  set_product(plan, options);
+  set_product(plan, options, shape, device);
   device.cpu ? plan_cpu_quantized(shape, device, plan) : plan_cuda_quantized(shape, device, plan);
   return plan;
 }
@@ -125,6 +136,9 @@ Kernel cpu_auto_kernel(const AttentionShape&, std::string& reason) {
   reason = "auto: sage1 is faster than flash on the CPU device, and the most accurate of the quantized kernels";
   return Kernel::kSage1;
 }
+
+// The integer path is no faster here, so the more accurate one it is.
+bool cpu_fast_exponential() { return false; }
 
 static void set_cpu_tiles(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   plan.architecture = 0;

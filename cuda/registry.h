@@ -24,6 +24,7 @@ struct OpenStream {
   std::unique_ptr<Stream> queue;
   std::shared_mutex gate;  // shared while enqueueing; closing takes it alone
   bool closed = false;     // guarded by the gate
+  std::atomic<bool> traced{false};
 };
 
 // A stream that will not be closed before this goes out of scope: work on it may be enqueued.

@@ -88,6 +88,11 @@ enum {
 
 enum { SAGE_DEFAULT = 0, SAGE_OFF = 1, SAGE_ON = 2 }; /* smoothing switches */
 enum { SAGE_ACCUMULATOR_DEFAULT = 0, SAGE_ACCUMULATOR_F32 = 1, SAGE_ACCUMULATOR_F16 = 2 };
+
+/* How kernel SAGE2 turns scores into FP8 codes of P. FAST replaces exp2 and rounding by one integer multiplication:
+ * P's rms error grows from 2.66 % to 3.15 %. */
+enum { SAGE_EXPONENTIAL_DEFAULT = 0, SAGE_EXPONENTIAL_EXACT = 1, SAGE_EXPONENTIAL_FAST = 2 };
+
 enum { SAGE_OPERAND_QUERY = 0, SAGE_OPERAND_KEY = 1, SAGE_OPERAND_VALUE = 2 };
 
 /* What SageAttention2++ narrows P and V to, so that FP16 can hold the sums: (largest P, largest V). */
@@ -159,7 +164,7 @@ typedef struct sage_attention_options {
   int32_t smooth_v;
   int32_t pv_accumulator; /* sage1 */
   int32_t pv_range;       /* sage2++ */
-  int32_t reserved;       /* 0 */
+  int32_t exponential;    /* FAST: sage2 */
 } sage_attention_options;
 
 /* sage_attention, sage_flash_attention, sage_explain. Shapes: q [B, Hq, Nq, D], k [B, Hkv, Nk, D],
@@ -206,7 +211,15 @@ typedef struct sage_plan {
   uint64_t workspace_bytes;
   char implementation[64]; /* "cpu avx512", "sm_80 mma" */
   char reason[256];        /* why this kernel, one sentence */
+  int32_t exponential;     /* SAGE_EXPONENTIAL_EXACT or FAST; left out where size ends before it */
+  int32_t reserved;
 } sage_plan;
+
+/* A part of an operation, such as "quantize" or "attention", and how long it took on the device. */
+typedef struct sage_stage {
+  char name[32];
+  float ms;
+} sage_stage;
 
 SAGE_API uint32_t sage_abi_version(void);
 SAGE_API sage_status sage_build_describe(sage_build_info *info, char *error, size_t error_size);
@@ -247,6 +260,14 @@ SAGE_API sage_status sage_event_record(uint64_t event, uint64_t stream, char *er
 SAGE_API sage_status sage_event_elapsed(uint64_t begin, uint64_t end, float *milliseconds, char *error,
                                         size_t error_size);
 SAGE_API sage_status sage_event_destroy(uint64_t event, char *error, size_t error_size);
+
+/* on = 1: the stages of operations enqueued from now on are timed, until on = 0, which forgets them. Timing one
+ * takes a little memory and time; a stream that is not traced spends neither. */
+SAGE_API sage_status sage_stream_trace(uint64_t stream, int32_t on, char *error, size_t error_size);
+/* Waits for the stream. *count is how many stages there are so far, in order; the first `capacity` are written to
+ * `stages`, which may be 0 where capacity is. */
+SAGE_API sage_status sage_stream_read_trace(uint64_t stream, sage_stage *stages, uint64_t capacity, uint64_t *count,
+                                            char *error, size_t error_size);
 
 SAGE_API sage_status sage_smooth(const sage_smooth_call *call, char *error, size_t error_size);
 SAGE_API sage_status sage_quantize(const sage_quantize_call *call, char *error, size_t error_size);

@@ -25,13 +25,13 @@ const char* dtype_name(DType dtype) {
 
 constexpr uint32_t kLargestStruct = 65536;
 
-void check_struct(const char* action, const char* name, const void* from, size_t known, bool input) {
+void check_struct(const char* action, const char* name, const void* from, size_t least, size_t known, bool input) {
   if (!from) SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(action, name, "not be a null pointer", "null"));
   uint32_t size;
   std::memcpy(&size, from, sizeof size);
-  if (size < known || size > kLargestStruct) {
+  if (size < least || size > kLargestStruct) {
     SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(action, std::string(name) + "->size",
-                                            "be from " + std::to_string(known) + " to " +
+                                            "be from " + std::to_string(least) + " to " +
                                                 std::to_string(kLargestStruct) + " (another version of sage.h?)",
                                             size));
   }
@@ -66,7 +66,8 @@ void check_options(const sage_attention_options& options) {
                "be default (0), f32 (1) or f16 (2)");
   check_option("pv_range", options.pv_range, SAGE_RANGE_DEFAULT, SAGE_RANGE_112_9,
                "be default (0), 448/2.25 (1), 224/4.5 (2) or 112/9 (3)");
-  check_option("reserved", options.reserved, 0, 0, "be 0");
+  check_option("exponential", options.exponential, SAGE_EXPONENTIAL_DEFAULT, SAGE_EXPONENTIAL_FAST,
+               "be default (0), exact (1) or fast (2)");
   if (!std::isfinite(options.scale) || options.scale < 0) {
     SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.scale", "be positive and finite, or 0 for 1/sqrt(D)",
                                             std::to_string(options.scale)));

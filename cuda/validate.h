@@ -2,6 +2,7 @@
 // name the value as sage.h does and say what it must be.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <initializer_list>
@@ -19,22 +20,23 @@ const char* dtype_name(DType dtype);
 
 // ---- structs --------------------------------------------------------------------------------------------
 
-// A struct's size tells its version: newer ones are longer, and what is unknown here must be 0.
-void check_struct(const char* action, const char* name, const void* from, size_t known, bool input);
+// A struct's size tells its version: newer ones are longer, and what is unknown here must be 0. `least` is the size of
+// the first version.
+void check_struct(const char* action, const char* name, const void* from, size_t least, size_t known, bool input);
 
 template <typename T>
 T read_struct(const char* action, const char* name, const T* from) {
-  check_struct(action, name, from, sizeof(T), true);
+  check_struct(action, name, from, sizeof(T), sizeof(T), true);
   T copy;
   std::memcpy(&copy, from, sizeof copy);
   return copy;
 }
 
 template <typename T>
-void write_struct(const char* action, const char* name, T* to, T value) {
-  check_struct(action, name, to, sizeof(T), false);
+void write_struct(const char* action, const char* name, T* to, T value, size_t least = sizeof(T)) {
+  check_struct(action, name, to, least, sizeof(T), false);
   std::memcpy(&value.size, to, sizeof value.size);
-  std::memcpy(to, &value, sizeof value);
+  std::memcpy(to, &value, std::min<size_t>(value.size, sizeof value));
 }
 
 // ---- options --------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import { type DType, type FloatDType, floatDTypes } from "./dtype.ts";
 import {
   accumulatorNumbers,
   attentionStruct,
+  exponentialNumbers,
   granularityNumbers,
   kernelNumbers,
   planStruct,
@@ -354,6 +355,8 @@ export interface AttentionPlan {
   pvAccumulator: "f32" | "f16";
   /** Largest magnitude of P in FP8; absent but for kernel `"sage2++"`. */
   pvRange: 448 | 224 | 112 | undefined;
+  /** How scores become P. */
+  exponential: "exact" | "fast";
   /** Queries of a tile. */
   blockQ: number;
   /** Keys of a tile. */
@@ -456,6 +459,7 @@ function readPlan(): AttentionPlan {
     smoothV: plan.int(planStruct.smoothV) === 2,
     pvAccumulator: nameOf(accumulatorNumbers, plan.int(planStruct.pvAccumulator))!,
     pvRange: numberOf(nameOf(rangeNumbers, plan.int(planStruct.pvRange))),
+    exponential: nameOf(exponentialNumbers, plan.int(planStruct.exponential))!,
     blockQ: plan.int(planStruct.blockQ),
     blockK: plan.int(planStruct.blockK),
     paddedHeadDim: plan.int(planStruct.paddedHeadDim),

@@ -50,6 +50,14 @@ export interface DeviceInfo {
   features: string;
 }
 
+/** A part of a call, such as `"quantize"` or `"attention"`, and how long it took on the device. */
+export interface Stage {
+  /** What it does. */
+  name: string;
+  /** Milliseconds. */
+  ms: number;
+}
+
 /** What all programs' parts in this process, workers included, hold on a device. */
 export interface MemoryStats {
   /** Open devices of this name. */
@@ -225,6 +233,34 @@ export class Device {
       throw new TypeError(cannot("time work", "work", "be a function", work));
     }
     return await this.#stream.time(work);
+  }
+
+  /**
+   * Learns where the time of calls goes: how long each of their stages took on the device.
+   *
+   * Timing each stage takes a little time itself; {@linkcode Device.time} measures a whole without it.
+   *
+   * @param work Makes the calls; may be asynchronous.
+   * @returns The stages of all calls meanwhile, in order.
+   * @throws {SageError} Where another trace of this device is under way.
+   *
+   * @example
+   * ```ts
+   * import { attention, Device } from "@sage/attention";
+   * import { assertEquals } from "@std/assert";
+   *
+   * using device = Device.open("cpu");
+   * using x = device.tensor(new Float32Array(64 * 16), [1, 1, 64, 16]);
+   * const stages = await device.trace(() => attention(x, x, x, { kernel: "sage2" }).dispose());
+   *
+   * assertEquals(stages.map((stage) => stage.name), ["mean", "quantize", "pack", "attention"]);
+   * ```
+   */
+  async trace(work: () => unknown): Promise<Stage[]> {
+    if (typeof work !== "function") {
+      throw new TypeError(cannot("trace work", "work", "be a function", work));
+    }
+    return await this.#stream.trace(work);
   }
 
   /**

@@ -24,6 +24,11 @@ const functions = {
   sage_event_record: { parameters: ["u64", "u64", ...error], result: "i32" },
   sage_event_elapsed: { parameters: ["u64", "u64", "buffer", ...error], result: "i32" },
   sage_event_destroy: { parameters: ["u64", ...error], result: "i32" },
+  sage_stream_trace: { parameters: ["u64", "i32", ...error], result: "i32" },
+  sage_stream_read_trace: {
+    parameters: ["u64", "buffer", "u64", "buffer", ...error],
+    result: "i32",
+  },
   sage_smooth: { parameters: ["buffer", ...error], result: "i32" },
   sage_quantize: { parameters: ["buffer", ...error], result: "i32" },
   sage_dequantize: { parameters: ["buffer", ...error], result: "i32" },
@@ -154,6 +159,9 @@ export const operandNumbers = { query: 0, key: 1, value: 2 } as const;
 /** Accumulators of P.V; 0 is the default. */
 export const accumulatorNumbers = { f32: 1, f16: 2 } as const;
 
+/** Exponentials of kernel sage2; 0 is the default. */
+export const exponentialNumbers = { exact: 1, fast: 2 } as const;
+
 /** What P is narrowed to; 0 is the default. */
 export const rangeNumbers = { 448: 1, 224: 2, 112: 3 } as const;
 
@@ -244,7 +252,7 @@ export const optionsStruct = {
   smoothV: 24,
   pvAccumulator: 28,
   pvRange: 32,
-  reserved: 36,
+  exponential: 36,
   size: 40,
 } as const;
 
@@ -297,8 +305,12 @@ export const planStruct = {
   workspaceBytes: 48,
   implementation: 56,
   reason: 120,
-  size: 376,
+  exponential: 376,
+  size: 384,
 } as const;
+
+/** sage_stage */
+export const stageStruct = { name: 0, ms: 32, size: 36 } as const;
 
 // ---- reading and writing structs ----------------------------------------------------------------------
 

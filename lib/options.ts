@@ -3,6 +3,7 @@ import { cannot, checkBoolean, checkOneOf, checkOptions, checkPositive, list } f
 import type { FloatDType } from "./dtype.ts";
 import {
   accumulatorNumbers,
+  exponentialNumbers,
   granularityNumbers,
   kernelNumbers,
   optionsStruct,
@@ -79,6 +80,13 @@ export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
    * for kernel `"sage2++"`. Default: 112, and with it 9.
    */
   pvRange?: 448 | 224 | 112;
+  /**
+   * How scores become P in FP8. `"exact"` takes an exponential and rounds it. `"fast"`, only for kernel `"sage2"`,
+   * gets the FP8 code from the score by one integer multiplication, as its mantissa is nearly a logarithm: P's rms
+   * error is then 3.15 % instead of 2.66 %, and the error of the output at most 1.12 times as large. Default: what
+   * suits the device; {@linkcode explain} says which.
+   */
+  exponential?: "exact" | "fast";
 }
 
 /** Options of {@linkcode attention}. */
@@ -97,7 +105,7 @@ export interface AttentionOptions<O extends FloatDType = FloatDType>
 }
 
 const flashNames = ["causal", "scale", "out", "outDtype", "returnLse"];
-const quantizedNames = [...flashNames, "kernel", "pvAccumulator", "pvRange"];
+const quantizedNames = [...flashNames, "kernel", "pvAccumulator", "pvRange", "exponential"];
 const attentionNames = [...quantizedNames, "granularity", "smoothQ", "smoothK", "smoothV"];
 
 /** The options that each function knows. */
@@ -110,6 +118,7 @@ export const optionNames = {
 /** Every kernel. */
 export const kernels = Object.keys(kernelNumbers) as readonly Kernel[];
 const accumulators = Object.keys(accumulatorNumbers) as readonly ("f32" | "f16")[];
+const exponentials = Object.keys(exponentialNumbers) as readonly ("exact" | "fast")[];
 const ranges: readonly (448 | 224 | 112)[] = [448, 224, 112];
 const granularities = ["token", "block", "warp", "thread"] as const;
 
@@ -125,7 +134,7 @@ export function checkAttentionOptions(
   checkBoolean(action, "smoothQ", options.smoothQ);
   checkBoolean(action, "smoothK", options.smoothK);
   checkBoolean(action, "smoothV", options.smoothV);
-  const { kernel = "auto", scale, granularity, pvAccumulator, pvRange } = options;
+  const { kernel = "auto", scale, granularity, pvAccumulator, pvRange, exponential } = options;
   checkOneOf(action, "kernel", kernel, kernels);
   // The library computes in single precision, where this must not become 0 or infinite.
   if (scale !== undefined) {
@@ -142,6 +151,12 @@ export function checkAttentionOptions(
   if (pvRange !== undefined) {
     checkOneOf(action, "pvRange", pvRange, ranges);
     checkKernel(action, "pvRange", kernel, ["sage2++"]);
+  }
+  if (exponential !== undefined) {
+    checkOneOf(action, "exponential", exponential, exponentials);
+    if (exponential === "fast") {
+      checkKernel(action, 'exponential "fast"', kernel, ["sage2"]);
+    }
   }
   if (kernel === "flash") checkUnquantized(action, options);
 }
@@ -169,7 +184,7 @@ function checkUnquantized(action: string, options: AttentionOptions): void {
 
 /** Writes sage_attention_options at an offset of a struct that is zero there. */
 export function writeOptions(call: Struct, at: number, options: AttentionOptions): void {
-  const { kernel, granularity, pvAccumulator, pvRange, scale } = options;
+  const { kernel, granularity, pvAccumulator, pvRange, exponential, scale } = options;
   if (kernel) call.setInt(at + optionsStruct.kernel, kernelNumbers[kernel]);
   if (options.causal) call.setInt(at + optionsStruct.causal, 1);
   if (scale) call.setFloat(at + optionsStruct.scale, scale);
@@ -181,4 +196,5 @@ export function writeOptions(call: Struct, at: number, options: AttentionOptions
     call.setInt(at + optionsStruct.pvAccumulator, accumulatorNumbers[pvAccumulator]);
   }
   if (pvRange) call.setInt(at + optionsStruct.pvRange, rangeNumbers[pvRange]);
+  if (exponential) call.setInt(at + optionsStruct.exponential, exponentialNumbers[exponential]);
 }

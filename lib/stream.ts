@@ -1,6 +1,6 @@
 // A device's queue of work and the memory that belongs to it: what devices and tensors own underneath.
 import { DisposedError } from "./errors.ts";
-import { type NativeFunctions, status, Struct } from "./ffi.ts";
+import { type NativeFunctions, stageStruct, status, Struct } from "./ffi.ts";
 import { acquire, errorBytes, errorSize, nativeError, release, unwrap } from "./library.ts";
 
 const result = new Struct(8);
@@ -102,6 +102,38 @@ export class Stream {
       for (const event of events) this.#native.sage_event_destroy(event, errorBytes, errorSize);
       release();
     }
+  }
+
+  /** The stages of what is enqueued by `work`. */
+  async trace(work: () => unknown): Promise<{ name: string; ms: number }[]> {
+    const native = this.native;
+    unwrap(native.sage_stream_trace(this.#handle, 1, errorBytes, errorSize));
+    try {
+      await work();
+      await this.wait();
+      return this.#stages();
+    } finally {
+      if (!this.#closed) native.sage_stream_trace(this.#handle, 0, errorBytes, errorSize);
+    }
+  }
+
+  #stages(): { name: string; ms: number }[] {
+    const read = (stages: Struct | null, capacity: number) => {
+      const bytes = stages && stages.bytes, room = BigInt(capacity);
+      const handle = this.handle, out = result.bytes;
+      unwrap(
+        this.native.sage_stream_read_trace(handle, bytes, room, out, errorBytes, errorSize),
+      );
+      return result.count(0);
+    };
+    const count = read(null, 0);
+    if (count === 0) return [];
+    const stages = new Struct(count * stageStruct.size);
+    read(stages, count);
+    return Array.from({ length: count }, (_, i) => ({
+      name: stages.text(i * stageStruct.size + stageStruct.name),
+      ms: stages.float(i * stageStruct.size + stageStruct.ms),
+    }));
   }
 
   #event(): bigint {

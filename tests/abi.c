@@ -145,6 +145,48 @@ static void run_kernel(sage_attention_call *call, int32_t kernel, double bound) 
   }
 }
 
+static void trace_attention(const sage_attention_call *call) {
+  sage_stage stages[32];
+  uint64_t count = 99, again = 99;
+  REFUSED(sage_stream_read_trace(call->stream, stages, 32, &count, E), SAGE_INVALID_ARGUMENT, "current value is off");
+  REFUSED(sage_stream_trace(call->stream, 2, E), SAGE_INVALID_ARGUMENT, "on must be 0 or 1: current value is 2.");
+  OK(sage_stream_trace(call->stream, 1, E));
+  REFUSED(sage_stream_trace(call->stream, 1, E), SAGE_INVALID_ARGUMENT, "current value is on");
+  OK(sage_stream_read_trace(call->stream, NULL, 0, &count, E));
+  CHECK(count == 0);
+  OK(sage_attention(call, E));
+  OK(sage_stream_read_trace(call->stream, stages, 32, &count, E));
+  CHECK(count >= 3 && count <= 32 && !strcmp(stages[count - 1].name, "attention"));
+  for (uint64_t i = 0; i < count && i < 32; ++i) CHECK(stages[i].ms >= 0 && stages[i].ms < 60e3f);
+  OK(sage_attention(call, E));
+  memset(stages, 0x55, sizeof stages);
+  OK(sage_stream_read_trace(call->stream, stages, 1, &again, E));
+  CHECK(again == 2 * count && stages[0].name[0] != 0x55 && stages[1].name[0] == 0x55);
+  REFUSED(sage_stream_read_trace(call->stream, NULL, 1, &count, E), SAGE_INVALID_ARGUMENT, "stages must not be");
+  REFUSED(sage_stream_read_trace(call->stream, stages, 1, NULL, E), SAGE_INVALID_ARGUMENT, "count must not be");
+  OK(sage_stream_trace(call->stream, 0, E));
+  OK(sage_stream_trace(call->stream, 0, E));
+  OK(sage_stream_trace(call->stream, 1, E));
+  OK(sage_stream_read_trace(call->stream, stages, 32, &count, E));
+  CHECK(count == 0);
+  OK(sage_stream_trace(call->stream, 0, E));
+}
+
+/* sage_plan once ended before its last fields. */
+static void explain_to_older_callers(const sage_attention_call *call) {
+  sage_plan plan;
+  memset(&plan, 0x55, sizeof plan);
+  plan.size = offsetof(sage_plan, exponential);
+  OK(sage_explain(call, &plan, E));
+  CHECK(plan.size == offsetof(sage_plan, exponential) && plan.kernel == call->options.kernel);
+  CHECK(plan.exponential == 0x55555555);
+  plan.size -= 1;
+  REFUSED(sage_explain(call, &plan, E), SAGE_INVALID_ARGUMENT, "plan->size must be from");
+  plan.size = sizeof plan;
+  OK(sage_explain(call, &plan, E));
+  CHECK(plan.exponential == SAGE_EXPONENTIAL_EXACT && plan.reserved == 0);
+}
+
 static void run_attention(int32_t device) {
   uint64_t stream = 0, begin = 0, end = 0;
   float milliseconds = -1;
@@ -157,6 +199,9 @@ static void run_attention(int32_t device) {
   run_kernel(&call, SAGE_KERNEL_SAGE1, 2e-2);
   run_kernel(&call, SAGE_KERNEL_SAGE1_INT8, 6e-2);
   run_kernel(&call, SAGE_KERNEL_SAGE2, 6e-2);
+  call.options.exponential = SAGE_EXPONENTIAL_FAST;
+  run_kernel(&call, SAGE_KERNEL_SAGE2, 7e-2);
+  call.options.exponential = SAGE_EXPONENTIAL_DEFAULT;
   run_kernel(&call, SAGE_KERNEL_SAGE2_INT4, 3e-1);
   run_kernel(&call, SAGE_KERNEL_SAGE2PP, 6e-2);
   run_kernel(&call, SAGE_KERNEL_AUTO, 6e-2);
@@ -168,6 +213,8 @@ static void run_attention(int32_t device) {
   CHECK(milliseconds > 0);
   call.options.kernel = SAGE_KERNEL_SAGE1;
   REFUSED(sage_flash_attention(&call, E), SAGE_INVALID_ARGUMENT, "flash (1)");
+  trace_attention(&call);
+  explain_to_older_callers(&call);
   discard(&call);
   if (device == SAGE_CPU) {
     call = prepare(device, stream, 0);
@@ -298,7 +345,8 @@ static void refuse_calls(int32_t device) {
   BAD(bad.options.scale = NAN, "options.scale");
   BAD(bad.options.granularity = SAGE_GRANULARITY_CHANNEL, "options.granularity");
   BAD(bad.options.smooth_k = 3, "options.smooth_k must be default (0), off (1) or on (2): current value is 3.");
-  BAD(bad.options.reserved = 9, "options.reserved must be 0");
+  BAD(bad.options.exponential = 3, "options.exponential must be default (0), exact (1) or fast (2)");
+  BAD((bad.options.kernel = SAGE_KERNEL_FLASH, bad.options.exponential = SAGE_EXPONENTIAL_FAST), "with kernel flash");
   BAD((bad.options.kernel = SAGE_KERNEL_FLASH, bad.options.smooth_q = SAGE_ON), "with kernel flash");
   BAD((bad.options.kernel = SAGE_KERNEL_SAGE1, bad.options.pv_range = SAGE_RANGE_448_2), "with kernel sage1");
   CHECK(strstr(error, "\ncuda/plan.cpp:") != NULL);

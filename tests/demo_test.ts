@@ -1,8 +1,6 @@
-// The demo: its reference, its picture, and the program as a user starts it; and the README's figures.
+// The demo: its reference, its picture, and the program as a user starts it.
 import { assert, assertAlmostEquals, assertEquals, assertStringIncludes } from "@std/assert";
 import { fromFileUrl, join } from "@std/path";
-import { figures } from "../bench/figures.ts";
-import type { Results } from "../bench/format.ts";
 import { picture } from "../examples/demo/picture.ts";
 import { reference } from "../examples/demo/reference.ts";
 import { Device } from "../mod.ts";
@@ -87,21 +85,4 @@ Deno.test("demo: runs every kernel on every device, within bounds, and draws", a
   } finally {
     await Deno.remove(folder, { recursive: true });
   }
-});
-
-const record = await Deno.readTextFile(join(root, "bench/results/h200.json")).catch(() =>
-  undefined
-);
-
-Deno.test({
-  name: "README: its figures are those of the record",
-  ignore: record === undefined, // nothing was recorded yet, and then the README has none
-  async fn() {
-    const words = (text: string) => text.replaceAll(/-{2,}/g, "-").split(/\s+/).join(" ");
-    const readme = await Deno.readTextFile(join(root, "README.md"));
-    const results: Results = JSON.parse(record!);
-    assertStringIncludes(words(readme), words(figures(results)));
-    assertEquals(results.tests.failed, 0);
-    assert(results.tests.passed > 0);
-  },
 });

@@ -38,6 +38,7 @@ const structs: Record<string, Readonly<Record<string, number>>> = {
   sage_attention_call: ffi.attentionStruct,
   sage_attention_quantized_call: ffi.attentionQuantizedStruct,
   sage_plan: ffi.planStruct,
+  sage_stage: ffi.stageStruct,
 };
 
 for (const [name, { size, ...offsets }] of Object.entries(structs)) {
@@ -75,6 +76,7 @@ Deno.test("constants are those of sage.h", async () => {
     ...spelled("GRANULARITY_", ffi.granularityNumbers),
     ...spelled("OPERAND_", ffi.operandNumbers),
     ...spelled("ACCUMULATOR_", ffi.accumulatorNumbers),
+    ...spelled("EXPONENTIAL_", ffi.exponentialNumbers),
     ...spelled("RANGE_", ffi.rangeNumbers, range),
   ];
   const found = await evaluate(constants.map(([name]) => name));

@@ -136,8 +136,9 @@ class Fuzzer {
   ~Fuzzer() { CALL(false, sage_stream_destroy, stream); }
 
   void step() {
-    switch (random.below(12)) {
+    switch (random.below(13)) {
       case 0: streams(); break;
+      case 12: traces(); break;
       case 1: events(); break;
       case 2:
       case 3: memory(); break;
@@ -209,6 +210,18 @@ class Fuzzer {
     CALL(false, sage_event_elapsed, begin, end, nullptr);
     if (random.one_in(2) && shared.take(shared.events, random, id)) CALL(strict, sage_event_destroy, id);
     CALL(false, sage_event_destroy, uint64_t(1) << 60);
+  }
+
+  void traces() {
+    sage_stage stages[8];
+    uint64_t count = 0;
+    const uint64_t traced = some_stream(), capacity = uint64_t(random.below(9));
+    CALL(false, sage_stream_trace, traced, random.one_in(9) ? int32_t(random.nasty()) : int32_t(random.below(2)));
+    CALL(false, sage_stream_read_trace, traced, capacity ? nullptr : stages, capacity, nullptr);
+    if (CALL(false, sage_stream_read_trace, traced, stages, capacity, &count) != SAGE_OK) return;
+    for (uint64_t i = 0; i < std::min(capacity, count); ++i) {
+      CHECK(std::memchr(stages[i].name, 0, sizeof stages[i].name) && stages[i].name[0] && stages[i].ms >= 0);
+    }
   }
 
   void memory() {
@@ -445,6 +458,7 @@ class Fuzzer {
     }
     if (kernel == SAGE_KERNEL_SAGE1) made.pv_accumulator = int32_t(random.below(3));
     if (kernel == SAGE_KERNEL_SAGE2PP) made.pv_range = int32_t(random.below(4));
+    made.exponential = int32_t(random.below(kernel == SAGE_KERNEL_SAGE2 ? 3 : 2));
     return made;
   }
 

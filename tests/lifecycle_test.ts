@@ -66,6 +66,7 @@ for (const end of ["the tensor", "the device"] as const) {
         "memory": () => device.memory(),
         "synchronize": () => device.synchronize(),
         "time": () => device.time(() => {}),
+        "trace": () => device.trace(() => {}),
         "explain with it": () => {
           const spec = { shape, dtype: "f32" } as const;
           return explain(spec, spec, spec, { device });

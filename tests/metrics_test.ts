@@ -50,6 +50,9 @@ Deno.test("metrics refuse arrays of different lengths, and empty ones", () => {
     assertStringIncludes(message, "Cannot compute a");
     assertStringIncludes(message, "actual.length must equal reference.length (1)");
     assertStringIncludes(message, "current value is 2");
+    const nothing = assertThrows(() => metric([1], []), RangeError) as Error;
+    assertStringIncludes(nothing.message, "actual.length must equal reference.length (0)");
+    assertStringIncludes(nothing.message, "current value is 1");
     const empty = assertThrows(() => metric([], []), RangeError) as Error;
     assertStringIncludes(empty.message, "actual.length must not be 0");
   }

@@ -90,6 +90,7 @@ Attention prepare(const AttentionOp& op, Arena& arena, Preparation& steps) {
   a.kernel = plan.kernel;
   a.causal = op.causal;
   a.f16_accumulator = plan.f16_accumulator;
+  a.fast_exponential = plan.fast_exponential;
   a.scale = op.scale;
   a.p_range = plan.p_range;
   a.q = op.q, a.k = op.k, a.v = op.v, a.o = op.o, a.lse = op.lse;
@@ -142,6 +143,7 @@ Attention prepare(const QuantizedAttentionOp& op, Arena& arena) {
   a.kernel = plan.kernel;
   a.causal = op.causal;
   a.f16_accumulator = plan.f16_accumulator;
+  a.fast_exponential = plan.fast_exponential;
   a.scale = op.scale;
   a.p_range = plan.p_range;
   a.q = a.q_codes = op.q, a.q_scales = op.q_scales, a.q_mean = op.q_mean;
@@ -156,7 +158,8 @@ Attention prepare(const QuantizedAttentionOp& op, Arena& arena) {
   return a;
 }
 
-void pack_and_attend(const Attention& a, Pool& pool) {
+void pack_and_attend(const Attention& a, Pool& pool, const OnStage& begin) {
+  begin("pack");
   const int64_t tiles = a.k.batch() * a.k.heads() * a.tiles();
   if (scales_values(a)) {
     const int64_t slices = ceil_div(a.v.channels(), kSliceChannels);
@@ -170,6 +173,7 @@ void pack_and_attend(const Attention& a, Pool& pool) {
     }
   };
   pool.run(2 * tiles, std::cref(pack));
+  begin("attention");
   pool.run(a.q.batch() * a.q.heads() * a.query_tiles(),
            [&a](int64_t task, int worker) { kernels().attend(a, task, worker); });
 }
@@ -199,7 +203,7 @@ size_t attention_quantized_workspace(const AttentionShape& shape, const Plan& pl
   return arena.used();
 }
 
-void attention(const AttentionOp& op, void* workspace, Pool& pool) {
+void attention(const AttentionOp& op, void* workspace, Pool& pool, const OnStage& begin) {
   Arena arena(workspace);
   Preparation steps;
   const Attention a = prepare(op, arena, steps);
@@ -215,7 +219,10 @@ void attention(const AttentionOp& op, void* workspace, Pool& pool) {
       kernels().mean(steps.q_mean, task - k_means - v_means);
     }
   };
-  pool.run(k_means + v_means + q_means, std::cref(take_means));
+  if (k_means + v_means + q_means != 0) {
+    begin("mean");
+    pool.run(k_means + v_means + q_means, std::cref(take_means));
+  }
 
   if (a.kernel != Kernel::kFlash) {
     const int64_t v_codes = steps.quantizes_values ? quantize_tasks(steps.v) : 0;
@@ -229,14 +236,15 @@ void attention(const AttentionOp& op, void* workspace, Pool& pool) {
         quantize_task(steps.q, task - v_codes - k_codes);
       }
     };
+    begin("quantize");
     pool.run(v_codes + k_codes + q_codes, std::cref(take_codes));
   }
-  pack_and_attend(a, pool);
+  pack_and_attend(a, pool, begin);
 }
 
-void attention_quantized(const QuantizedAttentionOp& op, void* workspace, Pool& pool) {
+void attention_quantized(const QuantizedAttentionOp& op, void* workspace, Pool& pool, const OnStage& begin) {
   Arena arena(workspace);
-  pack_and_attend(prepare(op, arena), pool);
+  pack_and_attend(prepare(op, arena), pool, begin);
 }
 
 }  // namespace sage::cpu

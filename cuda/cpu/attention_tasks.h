@@ -13,6 +13,7 @@ struct Flash {
   static constexpr bool kIntegerScores = false, kIntegerValues = false;
   static constexpr Rounding kProbabilities = Rounding::kNone;
   static constexpr int kF16Sums = 0;  // else: sums are rounded to f16 after so many keys, and start anew every tile
+  static constexpr bool kFastExponential = false;  // else: e4m3 probabilities straight from the scores
 };
 
 struct Sage1 : Flash {
@@ -31,6 +32,10 @@ struct Sage1Int8 : Flash {
 struct Sage2 : Flash {
   static constexpr bool kIntegerScores = true;
   static constexpr Rounding kProbabilities = Rounding::kE4M3;
+};
+
+struct Sage2Fast : Sage2 {
+  static constexpr bool kFastExponential = true;
 };
 
 struct Sage2PP : Sage2 {
@@ -350,7 +355,8 @@ void QueryTile<Recipe>::soften(int64_t tile, int row, float (*scores)[kKeyTile],
   for (int r = 0; r < kRows; ++r) {
     Floats sum = load<Floats>(sums_ + (row + r) * kLanes) * decay[r];
     for (int v = 0; v < kVectors; ++v) {
-      const Floats p = exp2(load<Floats>(scores[r] + v * kLanes) - base[r]);
+      const Floats x = load<Floats>(scores[r] + v * kLanes) - base[r];
+      const Floats p = Recipe::kFastExponential ? fast_exp2(x) : exp2(x);
       sum += p;
       if constexpr (Recipe::kIntegerValues) {
         const Ints code = (Ints)(p * kInt8Range + 0x1.8p23f) & 0xff;
@@ -358,7 +364,7 @@ void QueryTile<Recipe>::soften(int64_t tile, int row, float (*scores)[kKeyTile],
         store(reinterpret_cast<Code*>(scores[r]) + v * kLanes, __builtin_convertvector(code, Codes));
       } else if constexpr (Recipe::kProbabilities == Rounding::kF16) {
         store(scores[r] + v * kLanes, round_to_f16(p));
-      } else if constexpr (Recipe::kProbabilities == Rounding::kE4M3) {
+      } else if constexpr (Recipe::kProbabilities == Rounding::kE4M3 && !Recipe::kFastExponential) {
         store(scores[r] + v * kLanes, round_to_e4m3(p));
       } else {
         store(scores[r] + v * kLanes, p);
@@ -456,6 +462,7 @@ void attend(const Attention& a, int64_t task, int worker) {
       return a.f16_accumulator ? attend_with<Sage1F16>(a, task, worker) : attend_with<Sage1>(a, task, worker);
     case Kernel::kSage1Int8: return attend_with<Sage1Int8>(a, task, worker);
     case Kernel::kSage2:
+      return a.fast_exponential ? attend_with<Sage2Fast>(a, task, worker) : attend_with<Sage2>(a, task, worker);
     case Kernel::kSage2Int4: return attend_with<Sage2>(a, task, worker);
     case Kernel::kSage2PP: return attend_with<Sage2PP>(a, task, worker);
   }

@@ -24,11 +24,14 @@ class Pool {
   State* state_;
 };
 
+// Told the name of each stage of attention as it begins.
+using OnStage = std::function<void(const char* name)>;
+
 void smooth(const SmoothOp& op, Pool& pool);
 void quantize(const QuantizeOp& op, Pool& pool);
 void dequantize(const QuantizeOp& op, Pool& pool);
-void attention(const AttentionOp& op, void* workspace, Pool& pool);
-void attention_quantized(const QuantizedAttentionOp& op, void* workspace, Pool& pool);
+void attention(const AttentionOp& op, void* workspace, Pool& pool, const OnStage& begin);
+void attention_quantized(const QuantizedAttentionOp& op, void* workspace, Pool& pool, const OnStage& begin);
 
 size_t attention_workspace(const AttentionShape& shape, const Plan& plan);
 size_t attention_quantized_workspace(const AttentionShape& shape, const Plan& plan);

@@ -20,6 +20,7 @@ struct Attention {
   Kernel kernel;
   bool causal;
   bool f16_accumulator;
+  bool fast_exponential;
   float scale;
   float p_range;  // the code of probability 1
   View q, k, v;   // the caller's, numbers or codes: what is exact where codes hold no number

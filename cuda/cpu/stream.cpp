@@ -10,6 +10,8 @@
 #include <optional>
 #include <system_error>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "cpu.h"
 #include "memory.h"
@@ -36,6 +38,53 @@ class CpuEvent final : public Event {
     state->reached.wait(lock, [&, wanted = state->wanted] { return state->seen >= wanted; });
     return state->time;
   }
+};
+
+// The stages of what ran while tracing was on.
+class Trace {
+ public:
+  void begin(const char* name) {
+    std::lock_guard lock(mutex_);
+    stages_.push_back({name, 0.0f});
+  }
+
+  void end(Clock::duration time) noexcept {
+    std::lock_guard lock(mutex_);
+    stages_.back().ms = std::chrono::duration<float, std::milli>(time).count();
+  }
+
+  std::vector<Stage> stages() {
+    std::lock_guard lock(mutex_);
+    return stages_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Stage> stages_;
+};
+
+// Times the stages of one call, if there is a trace to tell: each ends where the next begins, the last with this.
+class StageClock {
+ public:
+  explicit StageClock(Trace* trace) : trace_(trace) {}
+  ~StageClock() { end(); }
+
+  void begin(const char* name) {
+    if (!trace_) return;
+    end();
+    trace_->begin(name);
+    begun_ = true;
+    begin_ = Clock::now();
+  }
+
+ private:
+  void end() {
+    if (begun_) trace_->end(Clock::now() - begin_);
+  }
+
+  Trace* trace_;
+  bool begun_ = false;
+  Clock::time_point begin_;
 };
 
 class CpuStream final : public Stream {
@@ -142,29 +191,55 @@ class CpuStream final : public Stream {
     return std::chrono::duration<float, std::milli>(last - first).count();
   }
 
+  // ---- stage timings --------------------------------------------------------------------------------------
+
+  void trace(bool on) override {
+    std::lock_guard lock(mutex_);
+    check();
+    trace_ = on ? std::make_shared<Trace>() : nullptr;
+  }
+
+  std::vector<Stage> read_trace() override {
+    std::unique_lock lock(mutex_);
+    const auto trace = trace_;
+    wait(lock);
+    check();
+    return trace ? trace->stages() : std::vector<Stage>();
+  }
+
   // ---- operations -----------------------------------------------------------------------------------------
 
   void smooth(const SmoothOp& op) override {
-    enqueue([op] { cpu::smooth(op, cpu::Pool::shared()); });
+    enqueue_stages([op](StageClock& clock) {
+      clock.begin("smooth");
+      cpu::smooth(op, cpu::Pool::shared());
+    });
   }
 
   void quantize(const QuantizeOp& op) override {
-    enqueue([op] { cpu::quantize(op, cpu::Pool::shared()); });
+    enqueue_stages([op](StageClock& clock) {
+      clock.begin("quantize");
+      cpu::quantize(op, cpu::Pool::shared());
+    });
   }
 
   void dequantize(const QuantizeOp& op) override {
-    enqueue([op] { cpu::dequantize(op, cpu::Pool::shared()); });
+    enqueue_stages([op](StageClock& clock) {
+      clock.begin("dequantize");
+      cpu::dequantize(op, cpu::Pool::shared());
+    });
   }
 
   void attention(const AttentionOp& op) override {
-    enqueue([op, space = workspace(op.plan.workspace_bytes)] {
-      cpu::attention(op, space->memory.get(), cpu::Pool::shared());
+    enqueue_stages([op, space = workspace(op.plan.workspace_bytes)](StageClock& clock) {
+      cpu::attention(op, space->memory.get(), cpu::Pool::shared(), [&](const char* name) { clock.begin(name); });
     });
   }
 
   void attention_quantized(const QuantizedAttentionOp& op) override {
-    enqueue([op, space = workspace(op.plan.workspace_bytes)] {
-      cpu::attention_quantized(op, space->memory.get(), cpu::Pool::shared());
+    enqueue_stages([op, space = workspace(op.plan.workspace_bytes)](StageClock& clock) {
+      cpu::attention_quantized(op, space->memory.get(), cpu::Pool::shared(),
+                               [&](const char* name) { clock.begin(name); });
     });
   }
 
@@ -190,6 +265,16 @@ class CpuStream final : public Stream {
     std::lock_guard lock(mutex_);
     check();
     push(std::move(task));
+  }
+
+  template <typename Work>
+  void enqueue_stages(Work work) {
+    std::lock_guard lock(mutex_);
+    check();
+    push([work = std::move(work), trace = trace_] {
+      StageClock clock(trace.get());
+      work(clock);
+    });
   }
 
   // The rest needs the lock.
@@ -251,6 +336,7 @@ class CpuStream final : public Stream {
   bool closing_ = false;
   std::optional<Error> failure_;  // the first; every later call says it again
   std::weak_ptr<Workspace> workspace_;
+  std::shared_ptr<Trace> trace_;
   std::thread thread_;  // last: it uses all of the above
 };
 

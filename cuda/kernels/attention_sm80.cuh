@@ -9,7 +9,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
 #include <type_traits>
 
 #include "kernels.h"
@@ -37,8 +36,6 @@ struct AttentionParams {
   int q_heads, group;  // query heads that share one KV head
   int q_blocks;        // of one head
   int64_t first_item;
-  int64_t planes;  // heads of all batches
-  int64_t run_planes;
   bool causal;
   float scale_log2;  // softmax scale times log2(e)
   float largest;     // that V can hold
@@ -377,12 +374,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const uint32_t q_tile = ptx::shared_address(shared);
   const uint32_t first_stage = q_tile + C::kQBytes;
 
-  // Which rows and keys: within a run of heads whose K and V the cache can hold, the longest causal blocks come first.
-  const int64_t item = p.first_item + blockIdx.x, run = item / (p.run_planes * p.q_blocks);
-  const int64_t first_plane = run * p.run_planes, place = item - first_plane * p.q_blocks;
-  const int64_t planes = min(p.run_planes, p.planes - first_plane);
-  const int q_block = p.q_blocks - 1 - static_cast<int>(place / planes);
-  const int64_t plane = first_plane + place % planes;
+  // Which rows and keys: the longest causal blocks are launched first.
+  const int64_t item = p.first_item + blockIdx.x;
+  const int q_block = p.q_blocks - 1 - static_cast<int>(item % p.q_blocks);
+  const int64_t plane = item / p.q_blocks;
   const int batch = static_cast<int>(plane / p.q_heads), head = static_cast<int>(plane % p.q_heads);
   const int kv_head = head / p.group;
   const int64_t kv_plane = plane / p.q_heads * (p.q_heads / p.group) + kv_head;
@@ -699,10 +694,6 @@ template <class C>
 void launch_attention(AttentionParams params, int64_t planes, cudaStream_t stream) {
   SAGE_CUDA(cudaFuncSetAttribute(attention_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
   params.q_blocks = (params.q_tokens + C::kBlockM - 1) / C::kBlockM;
-  params.planes = planes;
-  const int64_t plane_bytes = int64_t{params.k_tokens} * (C::kQKRow + C::kVRow) / params.group + 1;
-  constexpr int64_t kCacheBytes = 32 << 20, kMostPlanes = 32;
-  params.run_planes = params.causal ? std::clamp<int64_t>(kCacheBytes / plane_bytes, 1, kMostPlanes) : 1;
   const int64_t items = planes * params.q_blocks, most = int64_t{1} << 30;
   for (params.first_item = 0; params.first_item < items; params.first_item += most) {
     const int64_t blocks = items - params.first_item < most ? items - params.first_item : most;

@@ -4,50 +4,69 @@
 namespace sage::cuda {
 namespace {
 
-constexpr int kRows = 8;  // of one thread
+constexpr int kRows = 16;  // of one thread
 
 struct DequantizeArguments {
   Tensor codes, x, scales;
   Means means;
   Groups groups;
   bool per_channel;
-  int64_t heads, tiles;  // of one head
 };
 
-template <DType kCode, DType kType>
-__global__ void __maxnreg__(80) dequantize_kernel(const __grid_constant__ DequantizeArguments a, int64_t first) {
-  const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
-  const int64_t item = first + blockIdx.x, plane = item / a.tiles;
-  const Plane where{plane / a.heads, plane % a.heads};
-  const int64_t base = item % a.tiles * (kRows * step);
-  Octet<kCode> codes[kRows];
-  load_rows(codes, a.codes, plane_of(a.codes, where), base + lane, step, a.x.tokens, channel);
+// What a kernel is made for: scales of rows or of channels, where octets are vectors and a head has one mean at most;
+// or anything.
+enum class Case { kRowScales, kChannelScales, kAny };
 
-  char* const scales = plane_of(a.scales, where);
-  float scale[8];
+// A mean that is absent counts as -0, which added to anything is nothing.
+template <DType kCode, DType kType, Case kCase>
+__global__ void __maxnreg__(80) dequantize_kernel(const __grid_constant__ DequantizeArguments a, Place corner) {
+  extern __shared__ float row_scales[];
+  constexpr bool kCommon = kCase != Case::kAny;
+  constexpr int kHeld = kCommon ? kRows : 1;  // rows a thread loads at once
+  const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
+  const Place place = place_of_block(corner);
+  const int64_t base = place.tile * (kRows * step);
+  const int rows = static_cast<int>(min(a.x.tokens - base, int64_t{kRows * step}));
+  const char* const from = plane_of(a.codes, place.plane);
+  char* const numbers = plane_of(a.x, place.plane);
+  char* const scales = plane_of(a.scales, place.plane);
+  Octet<kCode> codes[kHeld];
+  if constexpr (kCommon) load<true>(codes, a.codes, from, base + lane, step, a.x.tokens, channel);
+
+  std::conditional_t<kCommon, SharedMean, MeanOctet> mean(a.means, place.plane, base, channel);
+  const bool has_mean = a.means.tensor.data != nullptr;
+  const bool per_channel = kCase == Case::kChannelScales || (kCase == Case::kAny && a.per_channel);
+  float channel_scales[8];
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    scale[j] = a.per_channel && channel + j < a.x.channels ? float_at(a.scales, scales, 0, channel + j) : 1.0f;
+    channel_scales[j] = per_channel && channel + j < a.x.channels ? float_at(a.scales, scales, 0, channel + j) : 1.0f;
   }
-  const GroupWindow groups(a.groups, base);
-  MeanOctet mean(a.means, where, base, channel);
-  char* to = row_of(a.x, plane_of(a.x, where), base + lane);
-  const int rows = static_cast<int>(min(a.x.tokens - base, int64_t{kRows * step}));
+  if (!per_channel) {
+    const GroupWindow groups(a.groups, base);
+#pragma unroll 1
+    for (int local = lane * blockDim.x + threadIdx.x; local < rows; local += blockDim.x * step) {
+      row_scales[local] = float_at(a.scales, scales, groups.of(local), 0);
+    }
+    __syncthreads();
+  }
+
+#pragma unroll 1
+  for (int first = lane; first < rows; first += kHeld * step) {
+    if constexpr (!kCommon) load<false>(codes, a.codes, from, base + first, step, a.x.tokens, channel);
+    char* to = row_of(a.x, numbers, base + first);
 #pragma unroll
-  for (int i = 0; i < kRows; i++, to += step * a.x.token_stride) {
-    const int local = lane + i * step;
-    if (local >= rows) break;
-    const float row_scale = a.per_channel ? 1.0f : float_at(a.scales, scales, groups.of(local), 0);
-    float x[8];
-    unpack(codes[i], x);
-#pragma unroll
-    for (int j = 0; j < 8; j++) x[j] *= a.per_channel ? scale[j] : row_scale;
-    if (mean.present()) {
+    for (int i = 0; i < kHeld; i++, to += step * a.x.token_stride) {
+      const int local = first + i * step;
+      const float row_scale = kCase == Case::kChannelScales || per_channel ? 1.0f : row_scales[local];
+      float x[8];
+      unpack(codes[i], x);
       mean.seek(local);
 #pragma unroll
-      for (int j = 0; j < 8; j++) x[j] += mean[j];
+      for (int j = 0; j < 8; j++)
+        x[j] = x[j] * (per_channel ? channel_scales[j] : row_scale) + (has_mean ? mean[j] : -0.0f);
+      if (local < rows) store<kCommon>(pack<kType>(x), a.x, to, channel);
     }
-    store_octet(pack<kType>(x), a.x, to, channel);
+    if constexpr (kCommon) return;
   }
 }
 
@@ -56,16 +75,17 @@ __global__ void __maxnreg__(80) dequantize_kernel(const __grid_constant__ Dequan
 struct MarkerArguments {
   Tensor codes;
   uint32_t* not_finite;
-  int64_t heads, words;  // of one head
+  int64_t heads, words;  // of a batch; of one head
 };
 
 // One block finds one word, a warp a row at a time.
 constexpr int kMarkerWarps = 4;
 __global__ void __launch_bounds__(kMarkerWarps * 32)
-    find_markers_kernel(const __grid_constant__ MarkerArguments a, int64_t first) {
+    find_markers_kernel(const __grid_constant__ MarkerArguments a, Place corner) {
   __shared__ uint32_t found;
-  const int64_t item = first + blockIdx.x, plane = item / a.words, word = item % a.words;
-  const Plane where{plane / a.heads, plane % a.heads};
+  const Place place = place_of_block(corner);
+  const Plane where = place.plane;
+  const int64_t word = place.tile;
   const int rows = static_cast<int>(min(a.codes.tokens - word * 32, int64_t{32}));
   if (threadIdx.x == 0 && threadIdx.y == 0) found = 0;
   __syncthreads();
@@ -76,14 +96,14 @@ __global__ void __launch_bounds__(kMarkerWarps * 32)
     if (__any_sync(~0u, marked) && threadIdx.x == 0) atomicOr(&found, 1u << row);
   }
   __syncthreads();
-  if (threadIdx.x == 0 && threadIdx.y == 0) a.not_finite[item] = found;
+  if (threadIdx.x == 0 && threadIdx.y == 0) a.not_finite[(where.batch * a.heads + where.head) * a.words + word] = found;
 }
 
 }  // namespace
 
 void launch_dequantize(const QuantizeOp& op, cudaStream_t stream) {
   const dim3 block = block_of(op.x.channels());
-  const int64_t tile_rows = kRows * block.y;
+  const unsigned tile_rows = kRows * block.y;
   DequantizeArguments a{};
   a.codes = make_tensor(op.codes);
   a.x = make_tensor(op.x);
@@ -91,12 +111,18 @@ void launch_dequantize(const QuantizeOp& op, cudaStream_t stream) {
   a.means = make_means(op.mean, op.mean_rows);
   a.groups = make_groups(op.grouping, op.group_rows);
   a.per_channel = op.per_channel;
-  a.heads = op.x.heads();
-  a.tiles = (op.x.tokens() + tile_rows - 1) / tile_rows;
+  const bool common = a.codes.vectors && a.x.vectors && one_mean_a_head(a.means);
+  const size_t shared = tile_rows * sizeof(float);
   for_code_type(op.codes.dtype, [&](auto code) {
     for_float_type(op.x.dtype, [&](auto type) {
-      launch_items(op.x.batch() * op.x.heads() * a.tiles, [&](int64_t first, unsigned blocks) {
-        dequantize_kernel<decltype(code)::value, decltype(type)::value><<<blocks, block, 0, stream>>>(a, first);
+      constexpr DType kCode = decltype(code)::value, kType = decltype(type)::value;
+      launch_grid(op.x, tiles_of(op.x.tokens(), tile_rows), [&](dim3 grid, Place corner) {
+        if (!common)
+          dequantize_kernel<kCode, kType, Case::kAny><<<grid, block, shared, stream>>>(a, corner);
+        else if (a.per_channel)
+          dequantize_kernel<kCode, kType, Case::kChannelScales><<<grid, block, shared, stream>>>(a, corner);
+        else
+          dequantize_kernel<kCode, kType, Case::kRowScales><<<grid, block, shared, stream>>>(a, corner);
       });
     });
   });
@@ -107,9 +133,9 @@ void launch_find_not_finite(const View& codes, uint32_t* not_finite, cudaStream_
   a.codes = make_tensor(codes);
   a.not_finite = not_finite;
   a.heads = codes.heads();
-  a.words = (codes.tokens() + 31) / 32;
-  launch_items(codes.batch() * codes.heads() * a.words, [&](int64_t first, unsigned blocks) {
-    find_markers_kernel<<<blocks, dim3(32, kMarkerWarps), 0, stream>>>(a, first);
+  a.words = tiles_of(codes.tokens(), 32);
+  launch_grid(codes, a.words, [&](dim3 grid, Place corner) {
+    find_markers_kernel<<<grid, dim3(32, kMarkerWarps), 0, stream>>>(a, corner);
   });
 }
 

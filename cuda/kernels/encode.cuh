@@ -21,9 +21,12 @@ __device__ __forceinline__ Octet<kCode> encode_finite(const float (&x)[8], Inver
       octet.word[i] = __byte_perm(__byte_perm(code[0], code[1], 0x0040), __byte_perm(code[2], code[3], 0x0040), 0x5410);
     }
   } else if constexpr (kCode == DType::kI4) {
-    octet.word[0] = 0;
+    // Codes that are 8 too large are no less than 1 and add up without borrowing; so is every nibble's top bit wrong.
+    constexpr uint32_t kZero = 0x4b400000u * 0x11111111u;  // what the exponents of the sums add up to
+    uint32_t sum = 0;
 #pragma unroll
-    for (int j = 0; j < 8; j++) octet.word[0] |= (low_byte_code(x[j] * inverse(j)) & 15u) << (4 * j);
+    for (int j = 7; j >= 0; j--) sum = 16 * sum + bits_of(x[j] * inverse(j) + (12582912.0f + 8.0f));
+    octet.word[0] = (sum - kZero) ^ 0x88888888u;
   } else {
 #pragma unroll
     for (int i = 0; i < 2; i++) {

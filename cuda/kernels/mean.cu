@@ -9,28 +9,41 @@ constexpr int kLaneRows = kChunkRows / kChunkLanes;
 
 struct MeanArguments {
   Tensor x, mean;
-  int64_t heads, block_rows;
+  int64_t block_rows, heads;
   int64_t means, chunks;  // of one head; of one mean
   float* sums;            // [planes, means, chunks, channels]
   uint8_t* counts;
 };
 
-// One block a chunk, one lane of the chunk a thread row. The only chunk of a mean becomes the mean itself.
+// lanes[0] becomes the sum of all, in halves.
+template <class Number, int kLanes>
+__device__ __forceinline__ void fold_halves(Number (&lanes)[kLanes]) {
+#pragma unroll
+  for (int halving = 2; halving <= kLanes; halving *= 2) {
+    const int step = kLanes / halving;
+#pragma unroll
+    for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
+  }
+}
+
+// A block sums blockDim.z chunks of a head, one lane of a chunk a thread row. The only chunk of a mean becomes the mean
+// itself.
 template <DType kType>
 __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
-    sum_chunks_kernel(const __grid_constant__ MeanArguments a, int64_t first) {
+    sum_chunks_kernel(const __grid_constant__ MeanArguments a, Place corner) {
   const int octets = blockDim.x, width = octets * 8, lane = threadIdx.y, channel = threadIdx.x * 8;
-  extern __shared__ float shared[];
-  float* const lane_sums = shared;                                            // [kChunkLanes][width]
-  int* const missing = reinterpret_cast<int*>(shared + kChunkLanes * width);  // [width]
+  extern __shared__ float4 shared[];
+  float* const lane_sums = reinterpret_cast<float*>(shared + threadIdx.z * (kChunkLanes + 1) * octets * 2);
+  int* const missing = reinterpret_cast<int*>(lane_sums + kChunkLanes * width);  // [width]
 
-  const int64_t item = first + blockIdx.x;
-  const int64_t chunk = item % a.chunks, mean = item / a.chunks % a.means, plane = item / a.chunks / a.means;
-  const Plane where{plane / a.heads, plane % a.heads};
+  const Place place = place_of_block(corner);
+  const int64_t item = place.tile * blockDim.z + threadIdx.z;
+  const int64_t mean = a.means == 1 ? 0 : a.chunks == 1 ? item : item / a.chunks, chunk = item - mean * a.chunks;
   const int64_t row = mean * a.block_rows + chunk * kChunkRows;
   const int64_t end = min(min((mean + 1) * a.block_rows, a.x.tokens), row + kChunkRows);
+  const int rows = static_cast<int>(max(end - row, int64_t{0}));
 
-  const char* const from = plane_of(a.x, where);
+  const char* const from = plane_of(a.x, place.plane);
   Octet<kType> raw[kLaneRows];
   load_rows(raw, a.x, from, row + lane, kChunkLanes, end, channel);
   float sum[8] = {}, x[8];
@@ -68,89 +81,97 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
       }
     }
   }
-#pragma unroll
-  for (int j = 0; j < 8; j++) lane_sums[lane * width + channel + j] = sum[j];
+  // Low halves of octets, then high ones: neighbouring threads store to neighbouring banks.
+  float4* const quads = reinterpret_cast<float4*>(lane_sums + lane * width);
+  quads[threadIdx.x] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  quads[octets + threadIdx.x] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   __syncthreads();
 
-  const int rows = static_cast<int>(max(end - row, int64_t{0}));
-  for (int c = lane * octets + threadIdx.x; c < a.x.channels; c += octets * kChunkLanes) {
+  if (item >= a.means * a.chunks) return;
+  const int64_t plane = place.plane.batch * a.heads + place.plane.head;
+  const int64_t partial = (plane * a.means * a.chunks + item) * a.x.channels;
+  for (int at = lane * octets + threadIdx.x; at < width; at += octets * kChunkLanes) {
+    const int c = at % (width / 2) / 4 * 8 + at / (width / 2) * 4 + at % 4;
+    if (c >= a.x.channels) continue;
     float lanes[kChunkLanes];
 #pragma unroll
-    for (int i = 0; i < kChunkLanes; i++) lanes[i] = lane_sums[i * width + c];
-#pragma unroll
-    for (int halving = 2; halving <= kChunkLanes; halving *= 2) {
-      const int step = kChunkLanes / halving;
-#pragma unroll
-      for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
-    }
+    for (int i = 0; i < kChunkLanes; i++) lanes[i] = lane_sums[i * width + at];
+    fold_halves(lanes);
     const int count = rows - missing[c];
     if (a.chunks == 1) {
-      float_at(a.mean, plane_of(a.mean, where), mean, c) = mean_of(lanes[0], count);
+      float_at(a.mean, plane_of(a.mean, place.plane), mean, c) = mean_of(lanes[0], count);
     } else {
-      a.sums[item * a.x.channels + c] = lanes[0];
-      a.counts[item * a.x.channels + c] = static_cast<uint8_t>(count);
+      a.sums[partial + c] = lanes[0];
+      a.counts[partial + c] = static_cast<uint8_t>(count);
     }
   }
 }
 
-constexpr int kFoldChannels = 32;
+// Few channels for a block, so that there are blocks enough where there are few heads.
+constexpr int kFoldChannels = 8;
 
 // One block for kFoldChannels channels of a mean: threadIdx.x counts channels, threadIdx.y lanes.
 __global__ void __launch_bounds__(kFoldChannels* kFoldLanes)
-    fold_chunks_kernel(const __grid_constant__ MeanArguments a, int64_t first) {
+    fold_chunks_kernel(const __grid_constant__ MeanArguments a, Place corner) {
   __shared__ double sums[kFoldLanes][kFoldChannels];
   __shared__ int64_t counts[kFoldLanes][kFoldChannels];
   const int x = threadIdx.x, lane = threadIdx.y;
-  const int64_t item = first + blockIdx.x;
+  const Place place = place_of_block(corner);
   const int slices = (a.x.channels + kFoldChannels - 1) / kFoldChannels;
-  const int channel = static_cast<int>(item % slices) * kFoldChannels + x;
-  const int64_t mean = item / slices % a.means, plane = item / slices / a.means;
+  const int64_t mean = a.means == 1 ? 0 : place.tile / slices, plane = place.plane.batch * a.heads + place.plane.head;
+  const int channel = static_cast<int>(place.tile - mean * slices) * kFoldChannels + x;
 
   double sum = 0.0;
   int64_t count = 0;
   if (channel < a.x.channels) {
-    const int64_t chunks = (plane * a.means + mean) * a.chunks;
-    for (int64_t chunk = lane; chunk < a.chunks; chunk += kFoldLanes) {
-      sum += static_cast<double>(a.sums[(chunks + chunk) * a.x.channels + channel]);
-      count += a.counts[(chunks + chunk) * a.x.channels + channel];
+    constexpr int kAtOnce = 8;
+    const int64_t first = (plane * a.means + mean) * a.chunks * a.x.channels + channel;
+#pragma unroll 1
+    for (int64_t begin = lane; begin < a.chunks; begin += kAtOnce * kFoldLanes) {
+      float parts[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        const int64_t chunk = begin + i * kFoldLanes;
+        parts[i] = 0.0f;
+        if (chunk >= a.chunks) continue;
+        parts[i] = __ldg(&a.sums[first + chunk * a.x.channels]);
+        count += __ldg(&a.counts[first + chunk * a.x.channels]);
+      }
+#pragma unroll
+      for (const float part : parts) sum += static_cast<double>(part);
     }
   }
-  for (int step = kFoldLanes / 2; step > 0; step /= 2) {
-    sums[lane][x] = sum;
-    counts[lane][x] = count;
-    __syncthreads();
-    if (lane < step) {
-      sum += sums[lane + step][x];
-      count += counts[lane + step][x];
-    }
-    __syncthreads();
-  }
-  if (lane == 0 && channel < a.x.channels) {
-    const Plane where{plane / a.heads, plane % a.heads};
-    float_at(a.mean, plane_of(a.mean, where), mean, channel) = mean_of(sum, count);
-  }
+  sums[lane][x] = sum;
+  counts[lane][x] = count;
+  __syncthreads();
+  if (lane != 0 || channel >= a.x.channels) return;
+  double lanes[kFoldLanes];
+#pragma unroll
+  for (int i = 0; i < kFoldLanes; i++) lanes[i] = sums[i][x];
+#pragma unroll
+  for (int i = 1; i < kFoldLanes; i++) count += counts[i][x];
+  fold_halves(lanes);
+  float_at(a.mean, plane_of(a.mean, place.plane), mean, channel) = mean_of(lanes[0], count);
 }
 
 struct SubtractArguments {
   Tensor x, smoothed;
   Means means;
-  int64_t heads, tiles;  // of one head
 };
 
 constexpr int kSubtractRows = 4;
 
-// Blocks run from the last rows to the first: the mean was taken in the other direction, and the cache knows the end.
+// Blocks run from the last rows to the first: the mean was taken in the other direction.
 template <DType kIn, DType kOut>
-__global__ void __maxnreg__(80) subtract_mean_kernel(const __grid_constant__ SubtractArguments a, int64_t last) {
-  const int64_t item = last - blockIdx.x, plane = item / a.tiles;
-  const Plane where{plane / a.heads, plane % a.heads};
-  const int step = blockDim.y, channel = threadIdx.x * 8;
-  const int64_t base = item % a.tiles * (kSubtractRows * step);
-  const int lane = threadIdx.y, rows = static_cast<int>(min(a.x.tokens - base, int64_t{kSubtractRows * step}));
+__global__ void __maxnreg__(80) subtract_mean_kernel(const __grid_constant__ SubtractArguments a, Place corner) {
+  const Place place = place_from_the_end(corner);
+  const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
+  const int64_t base = place.tile * (kSubtractRows * step);
+  const int rows = static_cast<int>(min(a.x.tokens - base, int64_t{kSubtractRows * step}));
   Octet<kIn> raw[kSubtractRows];
-  load_rows(raw, a.x, plane_of(a.x, where), base + lane, step, a.x.tokens, channel);
-  char* to = row_of(a.smoothed, plane_of(a.smoothed, where), base + lane);
-  MeanOctet mean(a.means, where, base, channel);
+  load_rows(raw, a.x, plane_of(a.x, place.plane), base + lane, step, a.x.tokens, channel);
+  char* to = row_of(a.smoothed, plane_of(a.smoothed, place.plane), base + lane);
+  MeanOctet mean(a.means, place.plane, base, channel);
 #pragma unroll
   for (int i = 0; i < kSubtractRows; i++, to += step * a.smoothed.token_stride) {
     const int local = lane + i * step;
@@ -174,44 +195,39 @@ void launch_mean(const View& x, const View& mean, int64_t block_rows, void* scra
   MeanArguments a{};
   a.x = make_tensor(x);
   a.mean = make_tensor(mean);
-  a.heads = x.heads();
   a.block_rows = block_rows < x.tokens() ? block_rows : x.tokens();
-  a.means = (x.tokens() + a.block_rows - 1) / a.block_rows;
-  a.chunks = (a.block_rows + kChunkRows - 1) / kChunkRows;
-  const int64_t means = x.batch() * x.heads() * a.means;
+  a.heads = x.heads();
+  a.means = tiles_of(x.tokens(), a.block_rows);
+  a.chunks = tiles_of(a.block_rows, kChunkRows);
+  const int64_t chunks = a.means * a.chunks;
   a.sums = static_cast<float*>(scratch);
-  a.counts = reinterpret_cast<uint8_t*>(a.sums + means * a.chunks * x.channels());
+  a.counts = reinterpret_cast<uint8_t*>(a.sums + x.batch() * x.heads() * chunks * x.channels());
 
-  const dim3 block(block_of(x.channels()).x, kChunkLanes);
-  const size_t shared = (kChunkLanes + 1) * block.x * 8 * sizeof(float);
+  dim3 block(block_of(x.channels()).x, kChunkLanes);
+  while (block.x * block.y * block.z < 256) block.z *= 2;
+  const size_t shared = block.z * (kChunkLanes + 1) * block.x * 8 * sizeof(float);
   for_float_type(x.dtype, [&](auto type) {
-    launch_items(means * a.chunks, [&](int64_t first, unsigned blocks) {
-      sum_chunks_kernel<decltype(type)::value><<<blocks, block, shared, stream>>>(a, first);
+    launch_grid(x, tiles_of(chunks, block.z), [&](dim3 grid, Place corner) {
+      sum_chunks_kernel<decltype(type)::value><<<grid, block, shared, stream>>>(a, corner);
     });
   });
   if (a.chunks == 1) return;
-  const int64_t slices = (x.channels() + kFoldChannels - 1) / kFoldChannels;
-  launch_items(means * slices, [&](int64_t first, unsigned blocks) {
-    fold_chunks_kernel<<<blocks, dim3(kFoldChannels, kFoldLanes), 0, stream>>>(a, first);
+  launch_grid(x, a.means * tiles_of(x.channels(), kFoldChannels), [&](dim3 grid, Place corner) {
+    fold_chunks_kernel<<<grid, dim3(kFoldChannels, kFoldLanes), 0, stream>>>(a, corner);
   });
 }
 
 void launch_subtract_mean(const View& x, const View& mean, int64_t block_rows, const View& smoothed,
                           cudaStream_t stream) {
   const dim3 block = block_of(x.channels());
-  const int64_t tile_rows = kSubtractRows * block.y;
   SubtractArguments a{};
   a.x = make_tensor(x);
   a.smoothed = make_tensor(smoothed);
   a.means = make_means(mean, block_rows);
-  a.heads = x.heads();
-  a.tiles = (x.tokens() + tile_rows - 1) / tile_rows;
-  const int64_t items = x.batch() * x.heads() * a.tiles;
   for_float_type(x.dtype, [&](auto in) {
     for_float_type(smoothed.dtype, [&](auto out) {
-      launch_items(items, [&](int64_t first, unsigned blocks) {
-        subtract_mean_kernel<decltype(in)::value, decltype(out)::value>
-            <<<blocks, block, 0, stream>>>(a, items - 1 - first);
+      launch_grid(x, tiles_of(x.tokens(), kSubtractRows * block.y), [&](dim3 grid, Place corner) {
+        subtract_mean_kernel<decltype(in)::value, decltype(out)::value><<<grid, block, 0, stream>>>(a, corner);
       });
     });
   });

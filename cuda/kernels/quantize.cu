@@ -1,5 +1,5 @@
-// Quantization with scales of groups of rows: one block reads the rows of whole groups, keeps them in registers while
-// it finds their largest magnitudes, and writes codes and scales.
+// Quantization with scales of groups of rows: one block reads the rows of whole groups, finds their largest magnitudes,
+// and writes scales and codes.
 #include <algorithm>
 
 #include "encode.cuh"
@@ -9,60 +9,67 @@
 namespace sage::cuda {
 namespace {
 
-constexpr int kRows = 8;  // of one thread
-
 struct GroupArguments {
   Tensor x, codes, scales;
   Means means;
   float range;
-  int64_t heads;
-  int64_t spans;      // runs of rows that one block owns, of one head
-  int64_t span_rows;  // of whole groups
-  int span_groups;
+  int64_t span_rows;  // of whole groups: what one block owns
+  int span_groups, span_words;
   uint32_t run_inverse;  // of group_rows, as in Runs
   int row_shift;         // as in Groups
-  uint32_t* not_finite;  // or null
-  int64_t words;         // of one head
-};
+  uint32_t* not_finite;  // or null, and span_words is 0
+  int64_t heads, words;  // of a batch; of one head
 
-// What is subtracted: nothing, one mean from all rows of a tile, or means that change within it.
-enum class Subtract { kNothing, kOne, kMany };
-
-template <Subtract kSubtract>
-class Subtrahend {
- public:
-  __device__ __forceinline__ Subtrahend(const Means& means, Plane plane, int64_t base, int channel)
-      : mean_(means, plane, base, channel) {
-    if (kSubtract == Subtract::kOne) mean_.seek(0);
+  // Which group of its span holds row `local`.
+  __device__ __forceinline__ int group_of(int local) const {
+    return static_cast<int>(__umulhi(2 * local, run_inverse) << (3 - row_shift)) + ((local & 7) >> row_shift);
   }
-  __device__ __forceinline__ void seek(int local) {
-    if (kSubtract == Subtract::kMany) mean_.seek(local);
+};
+
+// What a block knows of its span, in shared memory.
+struct Span {
+  uint32_t* amax;   // [span_groups]
+  uint32_t* marks;  // [span_words]: bits of rows
+  int thread, threads;
+
+  __device__ __forceinline__ Span(const GroupArguments& a, uint32_t* shared)
+      : amax(shared),
+        marks(shared + a.span_groups),
+        thread(threadIdx.y * blockDim.x + threadIdx.x),
+        threads(blockDim.x * blockDim.y) {
+#pragma unroll 1
+    for (int i = thread; i < a.span_groups + a.span_words; i += threads) shared[i] = 0;
+    __syncthreads();
   }
-  __device__ __forceinline__ float operator[](int j) const { return mean_[j]; }
 
- private:
-  MeanOctet mean_;
-};
+  __device__ __forceinline__ void add(int group, float magnitude) { atomicMax(&amax[group], bits_of(magnitude)); }
 
-template <>
-class Subtrahend<Subtract::kNothing> {
- public:
-  __device__ __forceinline__ Subtrahend(const Means&, Plane, int64_t, int) {}
-  __device__ __forceinline__ void seek(int) {}
-  __device__ __forceinline__ float operator[](int) const { return 0.0f; }
-};
-
-// Eight values of which some are not finite; out of line, as they are rare.
-struct Values {
-  float x[8];
-};
-
-__device__ __noinline__ float finite_magnitude(Values values) {
-  float largest = 0.0f;
+  // A row with values that are not finite.
+  __device__ __forceinline__ void add_bad(const GroupArguments& a, int local, const float (&x)[8]) {
+    float finite = 0.0f;
 #pragma unroll
-  for (int j = 0; j < 8; j++) largest = is_finite(values.x[j]) ? magnitude(largest, values.x[j]) : largest;
-  return largest;
+    for (int j = 0; j < 8; j++) finite = is_finite(x[j]) ? magnitude(finite, x[j]) : finite;
+    add(a.group_of(local), finite);
+    if (a.span_words > 0) atomicOr(&marks[local / 32], 1u << local % 32);
+  }
+
+  __device__ __forceinline__ void write_marks(const GroupArguments& a, const Place& place) const {
+    const int64_t word = place.tile * a.span_words, plane = place.plane.batch * a.heads + place.plane.head;
+#pragma unroll 1
+    for (int i = thread; i < a.span_words; i += threads) {
+      if (word + i < a.words) a.not_finite[plane * a.words + word + i] = marks[i];
+    }
+  }
+};
+
+__device__ __forceinline__ void write_scale(const GroupArguments& a, const Place& place, int group, float scale) {
+  const int64_t index = place.tile * a.span_groups + group;
+  if (index < a.scales.tokens) float_at(a.scales, plane_of(a.scales, place.plane), index, 0) = scale;
 }
+
+// ---- spans that a block holds in registers ----------------------------------------------------------------------
+
+constexpr int kRows = 8;  // of one thread
 
 // Largest magnitude of raw values; NaN if one is NaN. Pairs at a time, as nothing is subtracted.
 template <DType kType>
@@ -103,134 +110,180 @@ __device__ __forceinline__ float fold_rows(float (&largest)[kRows], int& row) {
   return largest[0];
 }
 
-template <DType kCode>
-__device__ __noinline__ Octet<kCode> encode_rare(Values values, float inverse) {
-  return encode_any<kCode>(values.x, [&](int) { return inverse; });
-}
-
-// Blocks run from the last rows to the first: their mean was taken in the other direction, and the cache knows the
-// end. A span of more rows than the block holds is read twice.
-template <DType kType, DType kCode, Subtract kSubtract>
+// Octets are vectors and codes have the rows of x. Blocks run from the last rows to the first: their mean was taken in
+// the other direction. Rows are read again only where a value is not finite.
+template <DType kType, DType kCode, bool kMean>
 __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
-    quantize_groups_kernel(const __grid_constant__ GroupArguments a, int64_t last) {
+    quantize_span_kernel(const __grid_constant__ GroupArguments a, Place corner) {
+  extern __shared__ uint32_t shared[];  // a Span and the inverse scales of rows, as many as a block can hold
   const int lane = threadIdx.y, step = blockDim.y, octets = blockDim.x, channel = threadIdx.x * 8;
-  const int thread = lane * octets + threadIdx.x, threads = octets * step, tile_rows = kRows * step;
-  const int64_t item = last - blockIdx.x, span = item % a.spans, plane = item / a.spans;
-  const Plane where{plane / a.heads, plane % a.heads};
-  const int64_t first_row = span * a.span_rows, end_row = min(first_row + a.span_rows, a.codes.tokens);
-  extern __shared__ uint32_t
-      group_values[];  // [span_groups] largest magnitudes, then inverse scales; [words of a span]
-  uint32_t* const bad_words = group_values + a.span_groups;
-  const int span_words = a.not_finite != nullptr ? static_cast<int>(a.span_rows / 32) : 0;
-#pragma unroll 1
-  for (int i = thread; i < a.span_groups + span_words; i += threads) group_values[i] = 0;
-  __syncthreads();
+  const Place place = place_from_the_end(corner);
+  const int64_t first_row = place.tile * a.span_rows;
+  const int span_rows = static_cast<int>(a.span_rows);
+  const int rows = static_cast<int>(min(a.x.tokens - first_row, a.span_rows));
+  const char* const from = row_of(a.x, plane_of(a.x, place.plane), first_row + lane);
 
-  const char* const from = plane_of(a.x, where);
   Octet<kType> raw[kRows];
-  uint32_t bad_rows = 0;  // bit i: a value of raw[i] is not finite
-  float largest[kRows];
-  Subtrahend<kSubtract> mean(a.means, where, first_row, channel);
-  const auto value = [&](int i, int local, float(&x)[8]) {
-    mean.seek(local);
-    unpack(raw[i], x);
+  load_vectors(raw, a.x, from, rows - lane, step, channel);
+  const SharedMean mean(a.means, place.plane, first_row, channel);
+  const auto value = [&](const Octet<kType>& octet, float(&x)[8]) {
+    unpack(octet, x);
+    if constexpr (kMean) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) x[j] -= mean[j];
+      for (int j = 0; j < 8; j++) x[j] -= mean[j];
+    }
   };
-  const auto group = [&](int64_t base, int local) {
-    const int run = __umulhi(2 * local, a.run_inverse), low = (static_cast<int>(base) + local) & 7;
-    return (run << (3 - a.row_shift)) + (low >> a.row_shift);
+  const auto value_again = [&](int row, float(&x)[8]) {
+    Octet<kType> octet[1];
+    load_vectors(octet, a.x, from + row * step * a.x.token_stride, 1, 1, channel);
+    value(octet[0], x);
   };
-  const auto load = [&](int64_t base) {
-    if (kSubtract == Subtract::kMany) mean = Subtrahend<kSubtract>(a.means, where, base, channel);
-    load_rows(raw, a.x, from, base + lane, step, min(end_row, a.x.tokens), channel);
-    const int rows = static_cast<int>(min(min(end_row, a.x.tokens) - base, int64_t{tile_rows}));
-    bad_rows = 0;
+  Span span(a, shared);
+
+  float largest[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; i++) {
+    if constexpr (kMean) {
+      float x[8];
+      value(raw[i], x);
+      largest[i] = magnitude(magnitude(magnitude(x[0], x[1]), magnitude(x[2], x[3])),
+                             magnitude(magnitude(x[4], x[5]), magnitude(x[6], x[7])));
+    } else {
+      largest[i] = raw_magnitude(raw[i]);
+    }
+  }
+  if (rows < kRows * step) {
+#pragma unroll
+    for (int i = 0; i < kRows; i++) largest[i] = lane + i * step < rows ? largest[i] : 0.0f;
+  }
+  float all = largest[0];
+#pragma unroll
+  for (int i = 1; i < kRows; i++) all = magnitude(all, largest[i]);
+  const bool finite = all < INFINITY;
+  if (!finite) {
+    uint32_t bad = 0;
 #pragma unroll
     for (int i = 0; i < kRows; i++) {
-      largest[i] = 0.0f;
-      const int local = lane + i * step;
-      if (local >= rows) continue;
-      Values values;
-      value(i, local, values.x);
-      if constexpr (kSubtract == Subtract::kNothing) {
-        largest[i] = raw_magnitude(raw[i]);
-      } else {
+      bad |= largest[i] < INFINITY ? 0u : 1u << i;
+      largest[i] = largest[i] < INFINITY ? largest[i] : 0.0f;
+    }
+#pragma unroll 1
+    for (; bad != 0; bad &= bad - 1) {
+      const int i = __ffs(bad) - 1;
+      float x[8];
+      value_again(i, x);
+      span.add_bad(a, lane + i * step, x);
+    }
+  }
+  if (octets >= kRows) {
+    int i;
+    const float folded = fold_rows(largest, i);
+    if (threadIdx.x < kRows && folded > 0.0f) span.add(a.group_of(lane + i * step), folded);
+  } else {
 #pragma unroll
-        for (int j = 0; j < 8; j++) largest[i] = magnitude(largest[i], values.x[j]);
-      }
-      if (!(largest[i] < INFINITY)) {
-        bad_rows |= 1u << i;
-        largest[i] = finite_magnitude(values);
+    for (int i = 0; i < kRows; i++) {
+      if (largest[i] > 0.0f) span.add(a.group_of(lane + i * step), largest[i]);
+    }
+  }
+  __syncthreads();
+
+  // Inverse scales of rows rather than of groups: the loop below need not look for groups.
+  float* const inverses = reinterpret_cast<float*>(shared + a.span_groups + a.span_words);
+#pragma unroll 1
+  for (int local = span.thread; local < span_rows; local += span.threads) {
+    inverses[local] = make_scale(float_of(span.amax[a.group_of(local)]), a.range).inverse;
+  }
+#pragma unroll 1
+  for (int group = span.thread; group < a.span_groups; group += span.threads) {
+    write_scale(a, place, group, make_scale(float_of(span.amax[group]), a.range).scale);
+  }
+  span.write_marks(a, place);
+  __syncthreads();
+
+  char* to = row_of(a.codes, plane_of(a.codes, place.plane), first_row + lane);
+  const int left = channel < a.codes.channels ? rows - lane : 0;
+  if (finite) {
+#pragma unroll
+    for (int i = 0; i < kRows; i++, to += step * a.codes.token_stride) {
+      const float inverse = inverses[lane + i * step];
+      float x[8];
+      value(raw[i], x);
+      const Octet<kCode> code = encode_finite<kCode>(x, [&](int) { return inverse; });
+      if (i * step < left) store_vector(code, to, channel);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i * step < left; i++, to += step * a.codes.token_stride) {
+      const float inverse = inverses[lane + i * step];
+      float x[8];
+      value_again(i, x);
+      store_vector(encode_any<kCode>(x, [&](int) { return inverse; }), to, channel);
+    }
+  }
+}
+
+// ---- any other spans: everything is read twice ------------------------------------------------------------------
+
+template <DType kType, DType kCode>
+__global__ void __maxnreg__(64) quantize_any_kernel(const __grid_constant__ GroupArguments a, Place corner) {
+  extern __shared__ uint32_t shared[];  // a Span
+  const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
+  const Place place = place_from_the_end(corner);
+  const int64_t first_row = place.tile * a.span_rows, end_row = min(first_row + a.span_rows, a.codes.tokens);
+  const int64_t end_known = min(end_row, a.x.tokens);
+  const char* const from = plane_of(a.x, place.plane);
+  char* const codes = plane_of(a.codes, place.plane);
+
+  // Calls body(row, row of its window, values) for all rows of a thread, with zeros for those that x has not. Windows
+  // hold no more rows than group_of can tell apart.
+  const auto each_row = [&](auto body) {
+#pragma unroll 1
+    for (int64_t window = first_row; window < end_row; window += kWindowRows) {
+      MeanOctet mean(a.means, place.plane, window, channel);
+      const int rows = static_cast<int>(min(end_row - window, int64_t{kWindowRows}));
+#pragma unroll 1
+      for (int local = lane; local < rows; local += step) {
+        float x[8] = {};
+        if (window + local < end_known) {
+          Octet<kType> octet[1];
+          load_rows(octet, a.x, from, window + local, 1, end_known, channel);
+          mean.seek(local);
+          unpack(octet[0], x);
+#pragma unroll
+          for (int j = 0; j < 8; j++) x[j] -= mean[j];
+        }
+        body(window + local, local, x);
       }
     }
   };
 
-#pragma unroll 1
-  for (int64_t base = first_row; base < end_row; base += tile_rows) {
-    load(base);
-    if (octets >= kRows) {
-      int i;
-      const float magnitude = fold_rows(largest, i);
-      if (threadIdx.x < kRows && magnitude > 0.0f) {
-        atomicMax(&group_values[group(base, lane + i * step)], bits_of(magnitude));
-      }
-    } else {
+  Span span(a, shared);
+  each_row([&](int64_t, int local, const float(&x)[8]) {
+    float largest = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kRows; i++) {
-        if (largest[i] > 0.0f) atomicMax(&group_values[group(base, lane + i * step)], bits_of(largest[i]));
-      }
-    }
-    if (span_words > 0 && bad_rows != 0) {
-#pragma unroll
-      for (int i = 0; i < kRows; i++) {
-        const int local = lane + i * step;
-        if (bad_rows >> i & 1) atomicOr(&bad_words[local / 32], 1u << local % 32);
-      }
-    }
-  }
+    for (int j = 0; j < 8; j++) largest = magnitude(largest, x[j]);
+    if (!(largest < INFINITY))
+      span.add_bad(a, local, x);
+    else if (largest > 0.0f)
+      span.add(a.group_of(local), largest);
+  });
   __syncthreads();
-
-  char* const scales = plane_of(a.scales, where);
 #pragma unroll 1
-  for (int i = thread; i < a.span_groups; i += threads) {
-    const Scale scale = make_scale(float_of(group_values[i]), a.range);
-    const int64_t index = span * a.span_groups + i;
-    if (index < a.scales.tokens) float_at(a.scales, scales, index, 0) = scale.scale;
-    group_values[i] = bits_of(scale.inverse);
+  for (int group = span.thread; group < a.span_groups; group += span.threads) {
+    const Scale scale = make_scale(float_of(span.amax[group]), a.range);
+    span.amax[group] = bits_of(scale.inverse);
+    write_scale(a, place, group, scale.scale);
   }
-#pragma unroll 1
-  for (int i = thread; i < span_words; i += threads) {
-    const int64_t word = first_row / 32 + i;
-    if (word < a.words) a.not_finite[plane * a.words + word] = bad_words[i];
-  }
+  span.write_marks(a, place);
   __syncthreads();
-
-  char* const codes = plane_of(a.codes, where);
-#pragma unroll 1
-  for (int64_t base = first_row; base < end_row; base += tile_rows) {
-    if (end_row - first_row > tile_rows) load(base);
-    const int rows = static_cast<int>(min(end_row - base, int64_t{tile_rows}));
-    const int known_rows = static_cast<int>(min(a.x.tokens - base, int64_t{tile_rows}));
-    char* to = row_of(a.codes, codes, base + lane);
-#pragma unroll
-    for (int i = 0; i < kRows; i++, to += step * a.codes.token_stride) {
-      const int local = lane + i * step;
-      if (local >= rows) break;
-      Octet<kCode> code = {};
-      if (local < known_rows) {
-        const float inverse = float_of(group_values[group(base, local)]);
-        Values values;
-        value(i, local, values.x);
-        if (bad_rows >> i & 1)
-          code = encode_rare<kCode>(values, inverse);
-        else
-          code = encode_finite<kCode>(values.x, [&](int) { return inverse; });
-      }
-      store_octet(code, a.codes, to, channel);
-    }
-  }
+  each_row([&](int64_t row, int local, const float(&x)[8]) {
+    const float inverse = float_of(span.amax[a.group_of(local)]);
+    const Octet<kCode> code = encode_any<kCode>(x, [&](int) { return inverse; });
+    store_octet(code, a.codes, row_of(a.codes, codes, row), channel);
+  });
 }
+
+// ---- both -------------------------------------------------------------------------------------------------------
 
 void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStream_t stream) {
   const Groups groups = make_groups(op.grouping, op.group_rows);
@@ -248,37 +301,36 @@ void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStre
   a.scales = make_tensor(op.scales);
   a.means = make_means(op.mean, op.mean_rows);
   a.range = op.range;
-  a.heads = op.x.heads();
   a.span_rows = runs * run_rows;
-  a.spans = (op.codes.tokens() + a.span_rows - 1) / a.span_rows;
   a.span_groups = static_cast<int>(runs * groups.a_run());
   a.run_inverse = groups.runs.inverse;
   a.row_shift = groups.row_shift;
   a.not_finite = not_finite;
+  a.heads = op.x.heads();
   a.words = (op.x.tokens() + 31) / 32;
-  size_t shared = a.span_groups * sizeof(uint32_t);
+  const bool holds_span = a.span_rows <= tile_rows;
   if (not_finite != nullptr) {
-    if (a.span_rows % 32 != 0 || a.span_rows > tile_rows) {
+    if (a.span_rows % 32 != 0 || !holds_span) {
       SAGE_FAIL(SAGE_INTERNAL, "Cannot mark the rows of groups of " + std::to_string(run_rows) + " rows");
     }
-    shared += a.span_rows / 32 * sizeof(uint32_t);
+    a.span_words = static_cast<int>(a.span_rows / 32);
   }
-  const int64_t items = op.x.batch() * op.x.heads() * a.spans;
-  const auto launch = [&](auto type, auto code, auto subtract) {
-    launch_items(items, [&](int64_t first, unsigned blocks) {
-      quantize_groups_kernel<decltype(type)::value, decltype(code)::value, decltype(subtract)::value>
-          <<<blocks, block, shared, stream>>>(a, items - 1 - first);
-    });
-  };
-  const bool one = op.mean.tokens() == 1 || op.mean_rows % a.span_rows == 0;
+  const size_t shared = (a.span_groups + a.span_words) * sizeof(uint32_t);
+  const bool one_mean = a.means.tensor.vectors && (op.mean.tokens() == 1 || op.mean_rows % a.span_rows == 0);
+  const bool common =
+      holds_span && a.x.vectors && a.codes.vectors && op.codes.tokens() == op.x.tokens() && (!op.mean || one_mean);
   for_float_type(op.x.dtype, [&](auto type) {
     for_code_type(op.codes.dtype, [&](auto code) {
-      if (!op.mean)
-        launch(type, code, std::integral_constant<Subtract, Subtract::kNothing>{});
-      else if (one)
-        launch(type, code, std::integral_constant<Subtract, Subtract::kOne>{});
-      else
-        launch(type, code, std::integral_constant<Subtract, Subtract::kMany>{});
+      constexpr DType kType = decltype(type)::value, kCode = decltype(code)::value;
+      launch_grid(op.codes, tiles_of(op.codes.tokens(), a.span_rows), [&](dim3 grid, Place corner) {
+        const size_t held = shared + tile_rows * sizeof(float);
+        if (!common)
+          quantize_any_kernel<kType, kCode><<<grid, block, shared, stream>>>(a, corner);
+        else if (op.mean)
+          quantize_span_kernel<kType, kCode, true><<<grid, block, held, stream>>>(a, corner);
+        else
+          quantize_span_kernel<kType, kCode, false><<<grid, block, held, stream>>>(a, corner);
+      });
     });
   });
 }

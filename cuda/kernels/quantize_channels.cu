@@ -12,52 +12,69 @@ struct ChannelArguments {
   Tensor x, codes, scales;
   Means means;
   float range;
-  int64_t heads, tiles;  // of one head
+  int64_t heads;         // of a batch
   const uint32_t* amax;  // [planes, channels of x]
 };
 
-template <DType kType, DType kCode>
+// kCommon: octets are vectors, a head has one mean at most, and codes have the rows of x.
+template <DType kType, DType kCode, bool kCommon>
 __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
-    quantize_channels_kernel(const __grid_constant__ ChannelArguments a, int64_t last) {
-  const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
-  const int64_t item = last - blockIdx.x, tile = item % a.tiles, plane = item / a.tiles;
-  const Plane where{plane / a.heads, plane % a.heads};
-  const int64_t base = tile * (kRows * step);
-  Octet<kType> raw[kRows];
-  load_rows(raw, a.x, plane_of(a.x, where), base + lane, step, a.x.tokens, channel);
-
-  float inverses[8];
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const bool known = channel + j < a.x.channels;
-    const Scale scale =
-        make_scale(known ? float_of(__ldg(&a.amax[plane * a.x.channels + channel + j])) : 0.0f, a.range);
-    inverses[j] = scale.inverse;
-    if (tile == 0 && lane == 0 && known) float_at(a.scales, plane_of(a.scales, where), 0, channel + j) = scale.scale;
-  }
-
-  MeanOctet mean(a.means, where, base, channel);
-  char* to = row_of(a.codes, plane_of(a.codes, where), base + lane);
+    quantize_channels_kernel(const __grid_constant__ ChannelArguments a, Place corner) {
+  extern __shared__ float4 shared[];
+  float* const inverses = reinterpret_cast<float*>(shared);  // of channels
+  const int lane = threadIdx.y, step = blockDim.y, octets = blockDim.x, channel = threadIdx.x * 8;
+  const Place place = place_from_the_end(corner);
+  const int64_t base = place.tile * (kRows * step);
   const int rows = static_cast<int>(min(a.codes.tokens - base, int64_t{kRows * step}));
-  const int known_rows = static_cast<int>(min(a.x.tokens - base, int64_t{kRows * step}));
+  const char* const from = plane_of(a.x, place.plane);
+  char* const codes = plane_of(a.codes, place.plane);
+  Octet<kType> raw[kCommon ? kRows : 1];
+  if constexpr (kCommon) load<true>(raw, a.x, from, base + lane, step, a.x.tokens, channel);
+  std::conditional_t<kCommon, SharedMean, MeanOctet> mean(a.means, place.plane, base, channel);
+
+  const uint32_t* const amax = a.amax + (place.plane.batch * a.heads + place.plane.head) * a.x.channels;
+#pragma unroll 1
+  for (int c = lane * octets + threadIdx.x; c < octets * 8; c += octets * step) {
+    const bool known = c < a.x.channels;
+    const Scale scale = make_scale(known ? float_of(amax[c]) : 0.0f, a.range);
+    inverses[c] = scale.inverse;
+    if (known && base == 0) float_at(a.scales, plane_of(a.scales, place.plane), 0, c) = scale.scale;
+  }
+  __syncthreads();
+  float inverse[8];
+  memcpy(inverse, shared + threadIdx.x * 2, sizeof(inverse));
+  const auto inverse_of = [&](int j) { return inverse[j]; };
+
+  if constexpr (kCommon) {
+    char* to = row_of(a.codes, codes, base + lane);
+    float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kRows; i++, to += step * a.codes.token_stride) {
-    const int local = lane + i * step;
-    if (local >= rows) break;
-    Octet<kCode> code = {};
-    if (local < known_rows) {
-      mean.seek(local);
-      float x[8], largest = 0.0f;
+    for (int i = 0; i < kRows; i++, to += step * a.codes.token_stride) {
+      float x[8];
       unpack(raw[i], x);
 #pragma unroll
       for (int j = 0; j < 8; j++) {
         x[j] -= mean[j];
         largest = magnitude(largest, x[j]);
       }
-      const auto each = [&](int j) { return inverses[j]; };
-      code = largest < INFINITY ? encode_finite<kCode>(x, each) : encode_any<kCode>(x, each);
+      if (lane + i * step < rows) store<true>(encode_finite<kCode>(x, inverse_of), a.codes, to, channel);
     }
-    store_octet(code, a.codes, to, channel);
+    if (largest < INFINITY) return;
+  }
+  // Any values; where one of the above is not finite, all of them again.
+#pragma unroll 1
+  for (int local = lane; local < rows; local += step) {
+    float x[8] = {};
+    if (base + local < a.x.tokens) {
+      Octet<kType> octet[1];
+      load<kCommon>(octet, a.x, from, base + local, 1, a.x.tokens, channel);
+      mean.seek(local);
+      unpack(octet[0], x);
+#pragma unroll
+      for (int j = 0; j < 8; j++) x[j] -= mean[j];
+    }
+    char* const to = row_of(a.codes, codes, base + local);
+    store<kCommon>(encode_any<kCode>(x, inverse_of), a.codes, to, channel);
   }
 }
 
@@ -66,7 +83,6 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
 void launch_quantize_channels(const QuantizeOp& op, uint32_t* amax, cudaStream_t stream) {
   launch_column_amax(op.x, op.mean, op.mean_rows, amax, stream);
   const dim3 block = block_of(op.codes.channels());
-  const int64_t tile_rows = kRows * block.y;
   ChannelArguments a{};
   a.x = make_tensor(op.x);
   a.codes = make_tensor(op.codes);
@@ -74,14 +90,17 @@ void launch_quantize_channels(const QuantizeOp& op, uint32_t* amax, cudaStream_t
   a.means = make_means(op.mean, op.mean_rows);
   a.range = op.range;
   a.heads = op.x.heads();
-  a.tiles = (op.codes.tokens() + tile_rows - 1) / tile_rows;
   a.amax = amax;
-  const int64_t items = op.x.batch() * op.x.heads() * a.tiles;
+  const bool common = a.x.vectors && a.codes.vectors && one_mean_a_head(a.means) && op.codes.tokens() == op.x.tokens();
+  const size_t shared = block.x * 8 * sizeof(float);
   for_float_type(op.x.dtype, [&](auto type) {
     for_code_type(op.codes.dtype, [&](auto code) {
-      launch_items(items, [&](int64_t first, unsigned blocks) {
-        quantize_channels_kernel<decltype(type)::value, decltype(code)::value>
-            <<<blocks, block, 0, stream>>>(a, items - 1 - first);
+      constexpr DType kType = decltype(type)::value, kCode = decltype(code)::value;
+      launch_grid(op.codes, tiles_of(op.codes.tokens(), kRows * block.y), [&](dim3 grid, Place corner) {
+        if (common)
+          quantize_channels_kernel<kType, kCode, true><<<grid, block, shared, stream>>>(a, corner);
+        else
+          quantize_channels_kernel<kType, kCode, false><<<grid, block, shared, stream>>>(a, corner);
       });
     });
   });

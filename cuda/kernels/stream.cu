@@ -1,5 +1,6 @@
 // The CUDA device's streams: memory in stream order from the device's pool, and operations as runs of launches.
-#include "device.h"
+#include "events.h"
+#include "sm90/flash.h"
 #include "workspace.h"
 
 namespace sage {
@@ -41,31 +42,22 @@ bool has_aligned_rows(const View& codes) {
 }
 
 AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, bool causal) {
-  return {q.batch(),    q.heads(),    k.heads(), q.tokens(), k.tokens(),
-          q.channels(), v.channels(), q.dtype,   o.dtype,    causal};
+  return {q.batch(),
+          q.heads(),
+          k.heads(),
+          q.tokens(),
+          k.tokens(),
+          q.channels(),
+          v.channels(),
+          q.dtype,
+          o.dtype,
+          causal,
+          has_boxes(q) && has_boxes(k) && has_boxes(v)};
 }
 
 // What V may grow to in FP16: with FP32 sums a power of two that FP16 holds; with FP16 sums of one key tile, whose
 // weights are at most 1, small enough that rounding up cannot overflow them.
 float largest_value(const Plan& plan) { return plan.f16_accumulator ? 60000.0f / plan.block_k : 32768.0f; }
-
-class CudaEvent final : public Event {
- public:
-  explicit CudaEvent(Device& device) : device_(device) {
-    enter(device_);
-    SAGE_CUDA(cudaEventCreate(&event_));
-  }
-  ~CudaEvent() override {
-    cudaSetDevice(device_.ordinal);
-    cudaEventDestroy(event_);
-    cudaGetLastError();
-  }
-  cudaEvent_t get() const { return event_; }
-
- private:
-  Device& device_;
-  cudaEvent_t event_;
-};
 
 class CudaStream final : public Stream {
  public:
@@ -162,12 +154,23 @@ class CudaStream final : public Stream {
 
   float elapsed_ms(Event& begin, Event& end) override {
     enter(device_);
-    const cudaEvent_t first = static_cast<CudaEvent&>(begin).get(), last = static_cast<CudaEvent&>(end).get();
-    SAGE_CUDA(cudaEventSynchronize(first));
-    SAGE_CUDA(cudaEventSynchronize(last));
-    float milliseconds = 0.0f;
-    SAGE_CUDA(cudaEventElapsedTime(&milliseconds, first, last));
-    return milliseconds;
+    return cuda::elapsed_ms(static_cast<CudaEvent&>(begin), static_cast<CudaEvent&>(end));
+  }
+
+  // ---- stage timings --------------------------------------------------------------------------------------------
+
+  void trace(bool on) override {
+    enter(device_);
+    const auto trace = on ? std::make_shared<Trace>(device_, stream_) : nullptr;
+    std::lock_guard lock(trace_mutex_);
+    trace_ = trace;
+  }
+
+  std::vector<Stage> read_trace() override {
+    enter(device_);
+    const auto trace = current_trace();
+    SAGE_CUDA(cudaStreamSynchronize(stream_));
+    return trace ? trace->read() : std::vector<Stage>();
   }
 
   // ---- operations -----------------------------------------------------------------------------------------------
@@ -176,6 +179,8 @@ class CudaStream final : public Stream {
     enter(device_);
     expect_channels("smooth", op.x);
     const Workspace scratch(*this, mean_scratch_bytes(op.x, op.block_rows));
+    Stages stages(current_trace());
+    stages.begin("smooth");
     launch_mean(op.x, op.mean, op.block_rows, scratch.at(0), stream_);
     if (op.smoothed) launch_subtract_mean(op.x, op.mean, op.block_rows, op.smoothed, stream_);
   }
@@ -184,24 +189,33 @@ class CudaStream final : public Stream {
     enter(device_);
     expect_channels("quantize", op.x);
     const Workspace scratch(*this, quantize_scratch_bytes(op));
+    Stages stages(current_trace());
+    stages.begin("quantize");
     launch_quantize(op, nullptr, scratch.at(0), stream_);
   }
 
   void dequantize(const QuantizeOp& op) override {
     enter(device_);
     expect_channels("dequantize", op.x);
+    Stages stages(current_trace());
+    stages.begin("dequantize");
     launch_dequantize(op, stream_);
   }
 
   void attention(const AttentionOp& op) override {
     enter(device_);
-    if (op.plan.kernel == Kernel::kFlash) return launch_flash(op, stream_);
-    expect_sage1(op.plan);
+    Stages stages(current_trace());
+    if (op.plan.kernel == Kernel::kFlash) {
+      stages.begin("attention");
+      return op.plan.architecture == 90 ? sm90::launch_flash(op, stream_) : launch_flash(op, stream_);
+    }
     const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
+    if (op.plan.kernel == Kernel::kSage2) return run_sage2(op, shape, stages);
+    expect_sage1(op.plan);
     const Sage1Workspace layout(shape, op.plan);
     expect_planned(layout.bytes, op.plan);
     const Workspace memory(*this, layout.bytes);
-    run_sage1(op, layout, memory);
+    run_sage1(op, layout, memory, stages);
   }
 
   void attention_quantized(const QuantizedAttentionOp& op) override {
@@ -220,7 +234,8 @@ class CudaStream final : public Stream {
     const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
     const Sage1QuantizedWorkspace layout(shape, op.plan, needs);
     const Workspace memory(*this, layout.bytes);
-    run_sage1_quantized(op, needs, layout, memory);
+    Stages stages(current_trace());
+    run_sage1_quantized(op, needs, layout, memory, stages);
   }
 
  private:
@@ -240,6 +255,11 @@ class CudaStream final : public Stream {
     CudaStream& stream_;
     char* base_;
   };
+
+  std::shared_ptr<Trace> current_trace() {
+    std::lock_guard lock(trace_mutex_);
+    return trace_;
+  }
 
   // Gives back what the pool holds for later; a capture, whose memory belongs to its graph, must not wait.
   void reclaim() {
@@ -303,11 +323,12 @@ class CudaStream final : public Stream {
     run.v = v16;
   }
 
-  void run_sage1(const AttentionOp& op, const Sage1Workspace& layout, const Workspace& memory) {
+  void run_sage1(const AttentionOp& op, const Sage1Workspace& layout, const Workspace& memory, Stages& stages) {
     const Plan& plan = op.plan;
     const int64_t batch = op.q.batch(), q_heads = op.q.heads(), k_heads = op.k.heads();
     const int64_t nq = op.q.tokens(), nk = op.k.tokens(), d = op.q.channels(), dv = op.v.channels();
     View q_mean, k_mean, v_mean;
+    if (plan.smooth_q || plan.smooth_k || plan.smooth_v) stages.begin("mean");
     if (plan.smooth_q) {
       q_mean = dense(memory.at(layout.q_mean), DType::kF32, batch, q_heads, layout.q_means, d);
       launch_mean(op.q, q_mean, kQueryMeanRows, nullptr, stream_);
@@ -330,12 +351,14 @@ class CudaStream final : public Stream {
     run.k_scales = dense(memory.at(layout.k_scales), DType::kF32, batch, k_heads, layout.k_groups, 1);
     run.q_not_finite = memory.words_at(layout.q_not_finite);
     run.k_not_finite = memory.words_at(layout.k_not_finite);
+    stages.begin("quantize");
     quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, run.q, run.q_scales,
                   memory.words_at(layout.q_not_finite));
     quantize_rows(op.k, k_mean, nk, plan.k_grouping, plan.k_group_rows, run.k, run.k_scales,
                   memory.words_at(layout.k_not_finite));
 
     const ProductOperand keys_less_mean{op.k, {}, Grouping::kToken, 1, k_mean, nk, false};
+    if (plan.smooth_q || (plan.smooth_k && op.lse)) stages.begin("correct");
     if (plan.smooth_q) {
       run.delta = dense(memory.at(layout.delta), DType::kF32, batch, q_heads, layout.q_means, nk);
       run.delta_rows = kQueryMeanRows;
@@ -351,6 +374,7 @@ class CudaStream final : public Stream {
     run.v_dtype = op.v.dtype;
     run.v_mean = v_mean;
     if (layout.convert_v) {
+      stages.begin("pack");
       convert_values(op.v, v_mean, layout.padded_v_dim, plan, memory.at(layout.v), memory.at(layout.v_scales),
                      memory.at(layout.scratch), run);
     }
@@ -359,7 +383,37 @@ class CudaStream final : public Stream {
     run.causal = op.causal;
     run.scale = op.scale;
     run.plan = plan;
-    launch_sage1(run, stream_);
+    stages.begin("attention");
+    plan.architecture == 90 ? sm90::launch_sage1(run, stream_) : launch_sage1(run, stream_);
+  }
+
+  void run_sage2(const AttentionOp& op, const AttentionShape& shape, Stages& stages) {
+    const Sage2Workspace layout(shape, op.plan);
+    expect_planned(layout.bytes, op.plan);
+    const Workspace memory(*this, layout.bytes);
+    sm90::Sage2Op run{};
+    run.q = op.q;
+    run.k = op.k;
+    run.v = op.v;
+    run.o = op.o;
+    run.lse = op.lse;
+    run.packed = layout.at(static_cast<char*>(memory.at(0)), op.plan);
+    run.causal = op.causal;
+    run.scale = op.scale;
+    run.plan = op.plan;
+    stages.begin("pack");
+    sm90::launch_sage2_pack(run, stream_);
+    if (op.lse && op.plan.smooth_k) {  // what lse lacks without the mean
+      stages.begin("correct");
+      const View mean = dense(run.packed.k_mean, DType::kF32, shape.batch, shape.kv_heads, 1, shape.head_dim);
+      launch_row_products({op.q, {}, Grouping::kToken, 1, {}, 1, false}, {mean, {}, Grouping::kToken, 1, {}, 1, false},
+                          op.scale, op.lse, stream_);
+      run.adds_lse = true;
+    }
+    stages.begin("attention");
+    sm90::launch_sage2_attention(run, stream_);
+    stages.begin("repair");
+    sm90::launch_sage2_repair(run, stream_);
   }
 
   // The tensor itself, or its copy in the workspace.
@@ -371,9 +425,10 @@ class CudaStream final : public Stream {
   }
 
   void run_sage1_quantized(const QuantizedAttentionOp& op, const Sage1QuantizedNeeds& needs,
-                           const Sage1QuantizedWorkspace& layout, const Workspace& memory) {
+                           const Sage1QuantizedWorkspace& layout, const Workspace& memory, Stages& stages) {
     const Plan& plan = op.plan;
     const int64_t batch = op.q.batch(), q_heads = op.q.heads(), nq = op.q.tokens(), nk = op.k.tokens();
+    stages.begin("pack");
     Sage1Op run{};
     run.q = packed(needs.pack_q, op.q, plan.padded_head_dim, memory.at(layout.q_codes));
     run.k = packed(needs.pack_k, op.k, plan.padded_head_dim, memory.at(layout.k_codes));
@@ -385,6 +440,7 @@ class CudaStream final : public Stream {
     launch_find_not_finite(op.q, memory.words_at(layout.q_not_finite), stream_);
     launch_find_not_finite(op.k, memory.words_at(layout.k_not_finite), stream_);
 
+    if (needs.delta || needs.lse_shift) stages.begin("correct");
     if (needs.delta) {
       run.delta = dense(memory.at(layout.delta), DType::kF32, batch, q_heads, layout.deltas, nk);
       run.delta_rows = needs.delta_rows;
@@ -401,6 +457,7 @@ class CudaStream final : public Stream {
     run.v = op.v;
     run.v_dtype = op.v.dtype;
     if (needs.convert_v) {
+      stages.begin("pack");
       convert_values(op.v, {}, layout.padded_v_dim, plan, memory.at(layout.v), memory.at(layout.v_scales),
                      memory.at(layout.scratch), run);
     }
@@ -409,11 +466,14 @@ class CudaStream final : public Stream {
     run.causal = op.causal;
     run.scale = op.scale;
     run.plan = plan;
+    stages.begin("attention");
     launch_sage1(run, stream_);
   }
 
   Device& device_;
   cudaStream_t stream_;
+  std::mutex trace_mutex_;
+  std::shared_ptr<Trace> trace_;
 };
 
 }  // namespace

@@ -113,55 +113,90 @@ __device__ __noinline__ void scatter_octet(Octet<kType> octet, char* to, int64_t
   }
 }
 
-// Loads the octets of rows row, row + step, ... below `end`; rows and channels beyond are zero.
+// Loads the octets at `channel` of the row at `from` and of every step-th row after it, of which `left` rows exist, of
+// a tensor whose octets are vectors; rows and channels beyond are zero.
+template <DType kType, int kRows>
+__device__ __forceinline__ void load_vectors(Octet<kType> (&rows)[kRows], const Tensor& tensor, const char* from,
+                                             int left, int step, int channel) {
+  using Row = Octet<kType>;
+  using Vector = VectorOf<Row::kBytes>;
+  from += channel / 8 * Row::kBytes;
+  if (channel >= tensor.channels) left = 0;
+#pragma unroll
+  for (int i = 0; i < kRows; i++, from += step * tensor.token_stride) {
+#pragma unroll
+    for (uint32_t& word : rows[i].word) word = 0;
+    if (i * step >= left) continue;
+#pragma unroll
+    for (int j = 0; j < Row::kBytes / static_cast<int>(sizeof(Vector)); j++) {
+      reinterpret_cast<Vector*>(rows[i].word)[j] = __ldg(reinterpret_cast<const Vector*>(from) + j);
+    }
+  }
+}
+
+// Loads the octets of rows row, row + step, ... below `end` of any tensor.
 template <DType kType, int kRows>
 __device__ __forceinline__ void load_rows(Octet<kType> (&rows)[kRows], const Tensor& tensor, const char* plane,
                                           int64_t row, int step, int64_t end, int channel) {
   using Row = Octet<kType>;
   const char* from = plane + row * tensor.token_stride;
-  const int64_t stride = step * tensor.token_stride;
-#pragma unroll
-  for (int i = 0; i < kRows; i++) {
-#pragma unroll
-    for (uint32_t& word : rows[i].word) word = 0;
-  }
+  const int left = static_cast<int>(min(end - row, int64_t{kRows} * step));
   if (tensor.vectors) {
-    using Vector = VectorOf<Row::kBytes>;
-    const int64_t rows_left = channel < tensor.channels ? end - row : 0;
-    from += channel / 8 * Row::kBytes;
-#pragma unroll
-    for (int i = 0; i < kRows; i++, from += stride) {
-      if (i * step >= rows_left) continue;
-#pragma unroll
-      for (int j = 0; j < Row::kBytes / static_cast<int>(sizeof(Vector)); j++) {
-        reinterpret_cast<Vector*>(rows[i].word)[j] = __ldg(reinterpret_cast<const Vector*>(from) + j);
-      }
-    }
+    load_vectors(rows, tensor, from, left, step, channel);
   } else {
     const int units = units_left<Row>(tensor, channel);
     from += channel * Row::kUnits / 8 * tensor.unit_stride;
 #pragma unroll
-    for (int i = 0; i < kRows; i++, from += stride) {
-      if (row + i * step < end) rows[i] = gather_octet<kType>(from, tensor.unit_stride, units);
+    for (int i = 0; i < kRows; i++, from += step * tensor.token_stride) {
+#pragma unroll
+      for (uint32_t& word : rows[i].word) word = 0;
+      if (i * step < left) rows[i] = gather_octet<kType>(from, tensor.unit_stride, units);
     }
   }
 }
 
-// Stores the octet that begins at `channel` of the row at `to`.
+// load_rows for kernels that know whether octets are vectors.
+template <bool kVectors, DType kType, int kRows>
+__device__ __forceinline__ void load(Octet<kType> (&rows)[kRows], const Tensor& tensor, const char* plane, int64_t row,
+                                     int step, int64_t end, int channel) {
+  if constexpr (kVectors) {
+    const int left = static_cast<int>(min(end - row, int64_t{kRows} * step));
+    load_vectors(rows, tensor, plane + row * tensor.token_stride, left, step, channel);
+  } else {
+    load_rows(rows, tensor, plane, row, step, end, channel);
+  }
+}
+
+// Stores the octet at `channel`, which exists, of the row at `to`, of a tensor whose octets are vectors.
+template <DType kType>
+__device__ __forceinline__ void store_vector(const Octet<kType>& octet, char* to, int channel) {
+  using Row = Octet<kType>;
+  using Vector = VectorOf<Row::kBytes>;
+  auto* vectors = reinterpret_cast<Vector*>(to + channel / 8 * Row::kBytes);
+#pragma unroll
+  for (int j = 0; j < Row::kBytes / static_cast<int>(sizeof(Vector)); j++) {
+    vectors[j] = reinterpret_cast<const Vector*>(octet.word)[j];
+  }
+}
+
+// Stores what exists of an octet of any tensor.
 template <DType kType>
 __device__ __forceinline__ void store_octet(const Octet<kType>& octet, const Tensor& tensor, char* to, int channel) {
   using Row = Octet<kType>;
   if (tensor.vectors) {
-    using Vector = VectorOf<Row::kBytes>;
-    if (channel >= tensor.channels) return;
-    auto* vectors = reinterpret_cast<Vector*>(to + channel / 8 * Row::kBytes);
-#pragma unroll
-    for (int j = 0; j < Row::kBytes / static_cast<int>(sizeof(Vector)); j++) {
-      vectors[j] = reinterpret_cast<const Vector*>(octet.word)[j];
-    }
+    if (channel < tensor.channels) store_vector(octet, to, channel);
   } else {
     const int units = units_left<Row>(tensor, channel);
     scatter_octet(octet, to + channel * Row::kUnits / 8 * tensor.unit_stride, tensor.unit_stride, units);
+  }
+}
+
+template <bool kVectors, DType kType>
+__device__ __forceinline__ void store(const Octet<kType>& octet, const Tensor& tensor, char* to, int channel) {
+  if constexpr (kVectors) {
+    if (channel < tensor.channels) store_vector(octet, to, channel);
+  } else {
+    store_octet(octet, tensor, to, channel);
   }
 }
 
@@ -184,7 +219,6 @@ __device__ __forceinline__ void unpack(const Octet<kType>& octet, float (&x)[8])
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
     const uint32_t word = octet.word[j * kBits<kType> / 32];
-    const int shift = j * kBits<kType> % 32;
     if constexpr (kType == DType::kF32) {
       x[j] = float_of(word);
       x[j + 1] = float_of(octet.word[j + 1]);
@@ -194,24 +228,52 @@ __device__ __forceinline__ void unpack(const Octet<kType>& octet, float (&x)[8])
       x[j] = float_of(word << 16);
       x[j + 1] = float_of(word & 0xffff0000u);
     }
-    if constexpr (kType == DType::kI8) {
-      x[j] = int8_value(static_cast<int8_t>(word >> shift));
-      x[j + 1] = int8_value(static_cast<int8_t>(word >> (shift + 8)));
-    }
-    if constexpr (kType == DType::kI4) {
-      x[j] = int4_value(unpack_int4(static_cast<uint8_t>(word >> shift), 0));
-      x[j + 1] = int4_value(unpack_int4(static_cast<uint8_t>(word >> shift), 1));
-    }
     if constexpr (kType == DType::kE4M3) {
 #if __CUDA_ARCH__ >= 890
       uint32_t pair;
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(word >> shift)));
+      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(word >> j % 4 * 8)));
       unpack_f16(pair, x[j], x[j + 1]);
 #else
-      x[j] = e4m3_to_f32(static_cast<uint8_t>(word >> shift));
-      x[j + 1] = e4m3_to_f32(static_cast<uint8_t>(word >> (shift + 8)));
+      x[j] = e4m3_to_f32(static_cast<uint8_t>(word >> j % 4 * 8));
+      x[j + 1] = e4m3_to_f32(static_cast<uint8_t>(word >> (j % 4 * 8 + 8)));
 #endif
     }
+  }
+}
+
+// Four bytes, each `bias` more than a code, as floats; one that is 0 marks a value that was not finite.
+__device__ __forceinline__ void unpack_biased(uint32_t bytes, float bias, float& a, float& b, float& c, float& d) {
+  constexpr uint32_t kExponent = 0x4b000000u;  // of 2^23: a byte put below it is added to it
+  a = float_of(__byte_perm(bytes, kExponent, 0x7440)) - (8388608.0f + bias);
+  b = float_of(__byte_perm(bytes, kExponent, 0x7441)) - (8388608.0f + bias);
+  c = float_of(__byte_perm(bytes, kExponent, 0x7442)) - (8388608.0f + bias);
+  d = float_of(__byte_perm(bytes, kExponent, 0x7443)) - (8388608.0f + bias);
+}
+
+__device__ __forceinline__ bool has_zero_byte(uint32_t bytes) {
+  return ((bytes - 0x01010101u) & ~bytes & 0x80808080u) != 0;
+}
+
+template <>
+__device__ __forceinline__ void unpack(const Octet<DType::kI8>& octet, float (&x)[8]) {
+  const uint32_t low = octet.word[0] ^ 0x80808080u, high = octet.word[1] ^ 0x80808080u;
+  unpack_biased(low, 128.0f, x[0], x[1], x[2], x[3]);
+  unpack_biased(high, 128.0f, x[4], x[5], x[6], x[7]);
+  if (has_zero_byte(low) || has_zero_byte(high)) {
+#pragma unroll
+    for (float& value : x) value = int8_value(static_cast<int8_t>(value));
+  }
+}
+
+template <>
+__device__ __forceinline__ void unpack(const Octet<DType::kI4>& octet, float (&x)[8]) {
+  const uint32_t biased = octet.word[0] ^ 0x88888888u;
+  const uint32_t even = biased & 0x0f0f0f0fu, odd = biased >> 4 & 0x0f0f0f0fu;
+  unpack_biased(even, 8.0f, x[0], x[2], x[4], x[6]);
+  unpack_biased(odd, 8.0f, x[1], x[3], x[5], x[7]);
+  if (has_zero_byte(even) || has_zero_byte(odd)) {
+#pragma unroll
+    for (float& value : x) value = int4_value(static_cast<int8_t>(value));
   }
 }
 
@@ -362,6 +424,27 @@ class MeanOctet {
   float value_[8];
 };
 
+// The same where all those rows share one mean, as vectors.
+class SharedMean {
+ public:
+  __device__ __forceinline__ SharedMean(const Means& means, Plane plane, int64_t base, int channel) {
+    const int64_t index = means.tensor.tokens <= 1 ? 0 : base / means.runs.rows;
+    load_vectors(octet_, means.tensor, plane_of(means.tensor, plane) + index * means.tensor.token_stride, 1, 1,
+                 channel);
+  }
+
+  __device__ __forceinline__ void seek(int) {}
+  __device__ __forceinline__ float operator[](int j) const { return float_of(octet_[0].word[j]); }
+
+ private:
+  Octet<DType::kF32> octet_[1];
+};
+
+// Nothing, or one row of means for a whole head, as SharedMean takes it.
+inline bool one_mean_a_head(const Means& means) {
+  return means.tensor.data == nullptr || (means.tensor.tokens == 1 && means.tensor.vectors);
+}
+
 // ---- launches ---------------------------------------------------------------------------------------------------
 
 // Threads that cover `channels` in octets, a power of two so that a warp holds whole rows.
@@ -379,6 +462,42 @@ void launch_items(int64_t items, Launch launch) {
     launch(first, static_cast<unsigned>(items - first < kMost ? items - first : kMost));
     SAGE_CUDA(cudaGetLastError());
   }
+}
+
+inline int64_t tiles_of(int64_t tokens, int64_t tile_rows) { return (tokens + tile_rows - 1) / tile_rows; }
+
+// A tile of one head.
+struct Place {
+  Plane plane;
+  int64_t tile;
+};
+
+// Calls launch(grid, corner) until all tiles of all heads of `tensor` have had their blocks.
+template <class Launch>
+void launch_grid(const View& tensor, int64_t tiles, Launch launch) {
+  constexpr int64_t kMost = 65535, kMostTiles = int64_t{1} << 30;  // grids hold no more
+  const auto part = [](int64_t left, int64_t most) { return static_cast<unsigned>(left < most ? left : most); };
+  for (int64_t batch = 0; batch < tensor.batch(); batch += kMost) {
+    for (int64_t head = 0; head < tensor.heads(); head += kMost) {
+      for (int64_t tile = 0; tile < tiles; tile += kMostTiles) {
+        const dim3 grid(part(tiles - tile, kMostTiles), part(tensor.heads() - head, kMost),
+                        part(tensor.batch() - batch, kMost));
+        launch(grid, Place{{batch, head}, tile});
+        SAGE_CUDA(cudaGetLastError());
+      }
+    }
+  }
+}
+
+// Where in such a grid a block works.
+__device__ __forceinline__ Place place_of_block(const Place& corner) {
+  return {{corner.plane.batch + blockIdx.z, corner.plane.head + blockIdx.y}, corner.tile + blockIdx.x};
+}
+
+// The other way round: the cache knows the end of what the kernel before has read.
+__device__ __forceinline__ Place place_from_the_end(const Place& corner) {
+  return {{corner.plane.batch + (gridDim.z - 1 - blockIdx.z), corner.plane.head + (gridDim.y - 1 - blockIdx.y)},
+          corner.tile + (gridDim.x - 1 - blockIdx.x)};
 }
 
 template <DType kType>

@@ -12,7 +12,7 @@ struct ValueArguments {
   Tensor v, v16, scales;
   Means means;
   float largest;
-  int64_t heads, tiles;  // of one head
+  int64_t heads;         // of a batch
   const uint32_t* amax;  // [planes, channels of v]
 };
 
@@ -23,41 +23,49 @@ __device__ __forceinline__ uint32_t scale_exponent(float amax, float largest) {
   return max((bits_of(amax / largest) + 0x7fffffu) >> 23, 127u - 100u);
 }
 
-template <DType kType>
+// kCommon: octets are vectors and a head has one mean at most.
+template <DType kType, bool kCommon>
 __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
-    values_kernel(const __grid_constant__ ValueArguments a, int64_t last) {
-  const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
-  const int64_t item = last - blockIdx.x, tile = item % a.tiles, plane = item / a.tiles;
-  const Plane where{plane / a.heads, plane % a.heads};
-  const int64_t base = tile * (kRows * step);
-  Octet<kType> raw[kRows];
-  load_rows(raw, a.v, plane_of(a.v, where), base + lane, step, a.v.tokens, channel);
-
-  float inverse[8];
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const bool known = channel + j < a.v.channels;
-    const float amax = known ? float_of(__ldg(&a.amax[plane * a.v.channels + channel + j])) : 0.0f;
-    const uint32_t exponent = scale_exponent(amax, a.largest);
-    inverse[j] = float_of((254 - exponent) << 23);
-    if (tile == 0 && lane == 0 && known) {
-      float_at(a.scales, plane_of(a.scales, where), 0, channel + j) = float_of(exponent << 23);
-    }
-  }
-
-  MeanOctet mean(a.means, where, base, channel);
-  mean.seek(0);
-  char* to = row_of(a.v16, plane_of(a.v16, where), base + lane);
+    values_kernel(const __grid_constant__ ValueArguments a, Place corner) {
+  extern __shared__ float4 shared[];
+  float* const inverses = reinterpret_cast<float*>(shared);  // of channels
+  constexpr int kHeld = kCommon ? kRows : 1;                 // rows a thread loads at once
+  const int lane = threadIdx.y, step = blockDim.y, octets = blockDim.x, channel = threadIdx.x * 8;
+  const Place place = place_from_the_end(corner);
+  const int64_t base = place.tile * (kRows * step);
   const int rows = static_cast<int>(min(a.v.tokens - base, int64_t{kRows * step}));
+  const char* const from = plane_of(a.v, place.plane);
+  char* const v16 = plane_of(a.v16, place.plane);
+  Octet<kType> raw[kHeld];
+  if constexpr (kCommon) load<true>(raw, a.v, from, base + lane, step, a.v.tokens, channel);
+  std::conditional_t<kCommon, SharedMean, MeanOctet> mean(a.means, place.plane, base, channel);
+
+  const uint32_t* const amax = a.amax + (place.plane.batch * a.heads + place.plane.head) * a.v.channels;
+#pragma unroll 1
+  for (int c = lane * octets + threadIdx.x; c < octets * 8; c += octets * step) {
+    const bool known = c < a.v.channels;
+    const uint32_t exponent = scale_exponent(known ? float_of(amax[c]) : 0.0f, a.largest);
+    inverses[c] = float_of((254 - exponent) << 23);
+    if (known && base == 0) float_at(a.scales, plane_of(a.scales, place.plane), 0, c) = float_of(exponent << 23);
+  }
+  __syncthreads();
+  float inverse[8];
+  memcpy(inverse, shared + threadIdx.x * 2, sizeof(inverse));
+
+#pragma unroll 1
+  for (int first = lane; first < rows; first += kHeld * step) {
+    if constexpr (!kCommon) load<false>(raw, a.v, from, base + first, step, a.v.tokens, channel);
+    char* to = row_of(a.v16, v16, base + first);
 #pragma unroll
-  for (int i = 0; i < kRows; i++, to += step * a.v16.token_stride) {
-    const int local = lane + i * step;
-    if (local >= rows) break;
-    float x[8];
-    unpack(raw[i], x);
+    for (int i = 0; i < kHeld; i++, to += step * a.v16.token_stride) {
+      mean.seek(first + i * step);
+      float x[8];
+      unpack(raw[i], x);
 #pragma unroll
-    for (int j = 0; j < 8; j++) x[j] = (x[j] - mean[j]) * inverse[j];
-    store_octet(pack<DType::kF16>(x), a.v16, to, channel);
+      for (int j = 0; j < 8; j++) x[j] = (x[j] - mean[j]) * inverse[j];
+      if (first + i * step < rows) store<kCommon>(pack<DType::kF16>(x), a.v16, to, channel);
+    }
+    if constexpr (kCommon) return;
   }
 }
 
@@ -70,7 +78,6 @@ void launch_values(const View& v, const View& mean, float largest, const View& v
   auto* const amax = static_cast<uint32_t*>(scratch);
   launch_column_amax(v, mean, v.tokens(), amax, stream);
   const dim3 block = block_of(v16.channels());
-  const int64_t tile_rows = kRows * block.y;
   ValueArguments a{};
   a.v = make_tensor(v);
   a.v16 = make_tensor(v16);
@@ -78,12 +85,15 @@ void launch_values(const View& v, const View& mean, float largest, const View& v
   a.means = make_means(mean, v.tokens());
   a.largest = largest;
   a.heads = v.heads();
-  a.tiles = (v.tokens() + tile_rows - 1) / tile_rows;
   a.amax = amax;
-  const int64_t items = v.batch() * v.heads() * a.tiles;
+  const bool common = a.v.vectors && a.v16.vectors && one_mean_a_head(a.means);
+  const size_t shared = block.x * 8 * sizeof(float);
   for_float_type(v.dtype, [&](auto type) {
-    launch_items(items, [&](int64_t first, unsigned blocks) {
-      values_kernel<decltype(type)::value><<<blocks, block, 0, stream>>>(a, items - 1 - first);
+    launch_grid(v, tiles_of(v.tokens(), kRows * block.y), [&](dim3 grid, Place corner) {
+      if (common)
+        values_kernel<decltype(type)::value, true><<<grid, block, shared, stream>>>(a, corner);
+      else
+        values_kernel<decltype(type)::value, false><<<grid, block, shared, stream>>>(a, corner);
     });
   });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "sm90/sage2.h"
 
 namespace sage::cuda {
 
@@ -118,6 +119,58 @@ struct Sage1QuantizedWorkspace {
     v_mean = carver.take_if(needs.pack_v_mean, k_planes * dv, 4);
     scratch = carver.take_if(needs.convert_v, static_cast<int64_t>(column_scratch_bytes(k_planes, dv)), 1);
     bytes = carver.bytes();
+  }
+};
+
+// Offsets for sage2 on sm_90a.
+struct Sage2Workspace {
+  size_t q, q_scales, q_bits, k, k_scales, k_bits, v, v_scales, v_bits, v_peaks, flags, next_item, k_mean, v_mean;
+  size_t bytes;
+
+  Sage2Workspace(const AttentionShape& shape, const Plan& plan) {
+    const sm90::Sage2Tiles tile = sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential);
+    const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
+    const int64_t blocks = q_planes * ((shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM);
+    const int64_t tiles = k_planes * ((shape.k_tokens + tile.block_n - 1) / tile.block_n);
+    const int64_t dim = plan.padded_head_dim;
+
+    Carver carver;
+    q = carver.take(blocks * sm90::kBlockM * dim, 1);
+    q_scales = carver.take(blocks * sm90::kBlockM / 2, 4);
+    q_bits = carver.take(blocks * sm90::kBlockM / 32, 4);
+    k = carver.take(tiles * tile.block_n * dim, 1);
+    k_scales = carver.take(tiles * 4, 4);
+    k_bits = carver.take(tiles * tile.block_n / 32, 4);
+    v = carver.take(tiles * tile.block_n * dim, 1);
+    v_scales = carver.take(k_planes * dim, 4);
+    v_bits = carver.take(tiles * tile.block_n / 32, 4);
+    v_peaks = carver.take(k_planes * dim, 4);
+    flags = carver.take(k_planes, 4);
+    next_item = carver.take(1, 4);
+    k_mean = carver.take_if(plan.smooth_k, k_planes * shape.head_dim, 4);
+    v_mean = carver.take(k_planes * dim, 4);
+    bytes = carver.bytes();
+  }
+
+  sm90::Sage2Packed at(char* base, const Plan& plan) const {
+    const auto floats = [&](size_t offset) { return reinterpret_cast<float*>(base + offset); };
+    const auto words = [&](size_t offset) { return reinterpret_cast<uint32_t*>(base + offset); };
+    sm90::Sage2Packed packed{};
+    packed.q = reinterpret_cast<int8_t*>(base + q);
+    packed.q_scales = floats(q_scales);
+    packed.q_bits = words(q_bits);
+    packed.k = reinterpret_cast<int8_t*>(base + k);
+    packed.k_scales = floats(k_scales);
+    packed.k_bits = words(k_bits);
+    packed.v = reinterpret_cast<uint8_t*>(base + v);
+    packed.v_scales = floats(v_scales);
+    packed.v_bits = words(v_bits);
+    packed.v_peaks = floats(v_peaks);
+    packed.flags = words(flags);
+    packed.next_item = words(next_item);
+    packed.k_mean = plan.smooth_k ? floats(k_mean) : nullptr;
+    packed.v_mean = floats(v_mean);
+    return packed;
   }
 };
 

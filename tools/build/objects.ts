@@ -1,5 +1,6 @@
 // Objects: compiled side by side, and only when their command or what they include has changed.
 import { dirname, join, resolve } from "@std/path";
+import { parseReport, summarize } from "./ptxas.ts";
 import { sha256 } from "./sources.ts";
 import { BuildError } from "./toolchain.ts";
 
@@ -14,6 +15,8 @@ export interface Unit {
   command: string[];
   /** Arguments that only make it faster. */
   speed?: string[];
+  /** Where to keep what the compiler said, relative to the root: the report of -Xptxas=-v. */
+  report?: string;
 }
 
 /** What made an object, kept beside it. */
@@ -77,13 +80,20 @@ async function isCurrent(
 ): Promise<boolean> {
   if (record.compiler !== unit.compiler) return false;
   if (JSON.stringify(record.command) !== JSON.stringify(unit.command)) return false;
-  if (!await exists(join(root, unit.object))) return false;
+  for (const made of unit.report ? [unit.object, unit.report] : [unit.object]) {
+    if (!await exists(join(root, made))) return false;
+  }
   const inputs = Object.entries(record.inputs);
   const hashes = await Promise.all(inputs.map(([path]) => hashFile(path)));
   return inputs.every(([, hash], i) => hash === hashes[i]);
 }
 
-async function compile(root: string, unit: Unit, signal: AbortSignal): Promise<number> {
+interface Compiled {
+  seconds: number;
+  summary?: string;
+}
+
+async function compile(root: string, unit: Unit, signal: AbortSignal): Promise<Compiled> {
   const object = join(root, unit.object);
   const part = `${object}.part.o`, rule = `${object}.d`;
   await Deno.mkdir(dirname(object), { recursive: true });
@@ -95,10 +105,10 @@ async function compile(root: string, unit: Unit, signal: AbortSignal): Promise<n
     stdin: "null",
     signal,
   }).output();
+  const output = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
   if (!success) {
     signal.throwIfAborted();
     await Deno.remove(part).catch(() => {});
-    const output = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
     console.error(output.trimEnd());
     throw explainFailure(`compile ${unit.source}`, program, output);
   }
@@ -111,10 +121,11 @@ async function compile(root: string, unit: Unit, signal: AbortSignal): Promise<n
     inputs: Object.fromEntries(paths.map((path, i) => [path, hashes[i]])),
     seconds,
   };
+  if (unit.report) await Deno.writeTextFile(join(root, unit.report), output);
   await Deno.rename(part, object);
   await Deno.writeTextFile(`${object}.json`, JSON.stringify(record));
   await Deno.remove(rule);
-  return seconds;
+  return { seconds, summary: unit.report && summarize(parseReport(output)) };
 }
 
 /**
@@ -148,9 +159,10 @@ export async function makeObjects(
   let done = 0;
   async function work(): Promise<void> {
     for (let unit = queue.shift(); unit; unit = queue.shift()) {
-      const seconds = await compile(root, unit, stop.signal);
+      const { seconds, summary } = await compile(root, unit, stop.signal);
       const count = `[${String(++done).padStart(String(todo.length).length)}/${todo.length}]`;
       console.log(`${count} ${unit.source.padEnd(40)} ${seconds.toFixed(1).padStart(6)} s`);
+      if (summary) console.log(`${" ".repeat(count.length)}   ${summary}`);
     }
   }
   const workers = Array.from({ length: Math.min(options.jobs, todo.length) }, async () => {

@@ -1,0 +1,216 @@
+// How long attention takes and how much memory, from its sizes: cycles for the work that each multiprocessor does,
+// bytes for what must be stored. The constants of a kernel are fitted to some rows of a record and hold for the others.
+import type { Results, Row, Shape } from "./format.ts";
+
+/** Queries of a block. */
+export const blockRows = 128;
+const tileKeys = 64;
+
+/** Attention as multiprocessors meet it: tiles of 128 queries by 64 keys, in blocks of 128 queries. */
+export interface Work {
+  /** On one multiprocessor. */
+  tiles: number;
+  /** On one multiprocessor. */
+  blocks: number;
+}
+
+/** The work of a shape, spread over multiprocessors. */
+export function workOf(shape: Shape, multiprocessors: number): Work {
+  const { batch, heads, tokens, queries = tokens, causal } = shape;
+  const rows = Math.ceil(queries / blockRows), most = Math.ceil(tokens / tileKeys);
+  let tiles = 0;
+  for (let row = 0; row < rows; ++row) {
+    const keys = causal ? Math.max(0, (row + 1) * blockRows + tokens - queries) : tokens;
+    tiles += Math.min(most, Math.ceil(keys / tileKeys));
+  }
+  return {
+    tiles: batch * heads * tiles / multiprocessors,
+    blocks: batch * heads * rows / multiprocessors,
+  };
+}
+
+/** A model of one kernel at one head dimension. */
+export interface TimeModel {
+  /** Cycles of a multiprocessor for a tile of 128 queries by 64 keys. */
+  cyclesPerTile: number;
+  /** Cycles of a multiprocessor for what a block of 128 queries costs besides: quantizing, loading, storing. */
+  cyclesPerBlock: number;
+  /** Microseconds of a call without work. */
+  launchUs: number;
+  multiprocessors: number;
+  clockMHz: number;
+}
+
+/** Milliseconds of a call. */
+export function predictMs(model: TimeModel, shape: Shape): number {
+  const { cyclesPerTile, cyclesPerBlock, launchUs, multiprocessors, clockMHz } = model;
+  const { tiles, blocks } = workOf(shape, multiprocessors);
+  return (tiles * cyclesPerTile + blocks * cyclesPerBlock) / clockMHz / 1e3 + launchUs / 1e3;
+}
+
+/** Whether the model speaks about a row: every multiprocessor has several blocks, so that none waits for others. */
+export function inDomain(shape: Shape, multiprocessors: number): boolean {
+  const { tokens, queries = tokens } = shape;
+  return queries > 1 && workOf(shape, multiprocessors).blocks >= 3;
+}
+
+// ---- fitting -------------------------------------------------------------------------------------
+
+/** Solves a small system of linear equations; undefined where it has no single solution. */
+function solve(matrix: number[][], right: number[]): number[] | undefined {
+  const n = right.length, a = matrix.map((row, i) => [...row, right[i]]);
+  for (let i = 0; i < n; ++i) {
+    const best = a.slice(i).reduce(
+      (k, row, j) => Math.abs(row[i]) > Math.abs(a[k][i]) ? i + j : k,
+      i,
+    );
+    [a[i], a[best]] = [a[best], a[i]];
+    if (Math.abs(a[i][i]) < 1e-12) return;
+    for (let j = 0; j < n; ++j) {
+      if (j === i) continue;
+      const factor = a[j][i] / a[i][i];
+      for (let k = i; k <= n; ++k) a[j][k] -= factor * a[i][k];
+    }
+  }
+  return a.map((row, i) => row[n] / row[i]);
+}
+
+/** Numbers from 0 up with the least relative squared error: features · numbers ≈ 1, every feature over its value. */
+export function fit(features: readonly number[][]): number[] {
+  const count = features[0].length;
+  const scale = features[0].map((_, i) => Math.max(...features.map((row) => row[i])));
+  const best = fitScaled(features.map((row) => row.map((value, i) => value / scale[i])), count);
+  return best.map((value, i) => value / scale[i]);
+}
+
+/** The same with features between 0 and 1: every choice of those above 0 is solved, the best that is possible wins. */
+function fitScaled(features: readonly number[][], count: number): number[] {
+  let best: number[] = new Array(count).fill(0), least = Infinity;
+  for (let subset = 1; subset < 2 ** count; ++subset) {
+    const used = Array.from({ length: count }, (_, i) => i).filter((i) => subset >> i & 1);
+    const dot = (f: (row: number[]) => number) => features.reduce((sum, row) => sum + f(row), 0);
+    const found = solve(
+      used.map((i) => used.map((j) => dot((row) => row[i] * row[j]))),
+      used.map((i) => dot((row) => row[i])),
+    );
+    if (!found || found.some((value) => value < 0)) continue;
+    const error = dot((row) => (used.reduce((sum, i, k) => sum + row[i] * found[k], 0) - 1) ** 2);
+    if (error < least) {
+      least = error;
+      best = new Array(count).fill(0);
+      used.forEach((i, k) => best[i] = found[k]);
+    }
+  }
+  return best;
+}
+
+/** A row of attention as a shape. */
+export function shapeOf(row: Row): Shape {
+  const { headDim, causal = false, batch, heads, kvHeads, tokens, queries } = row;
+  return { headDim, causal, batch, heads, kvHeads, tokens, ...queries ? { queries } : {} };
+}
+
+/** Every other length is fitted, those between are what the model is judged by. */
+export function isFitted({ tokens }: Row): boolean {
+  return Math.round(Math.log2(tokens)) % 2 === 0;
+}
+
+/** The model of rows that differ in mask and sizes only; undefined where there are too few. */
+export function fitTime(
+  rows: readonly Row[],
+  { multiprocessors, clocks }: Results,
+): TimeModel | undefined {
+  const sms = multiprocessors ?? 132, clockMHz = clocks?.sm.median;
+  const used = rows.filter((row) => isFitted(row) && inDomain(shapeOf(row), sms));
+  if (used.length < 4 || clockMHz === undefined) return;
+  const [perTile, perBlock, launch] = fit(used.map((row) => {
+    const { tiles, blocks } = workOf(shapeOf(row), sms);
+    return [tiles / row.ms, blocks / row.ms, 1 / row.ms];
+  }));
+  return {
+    cyclesPerTile: perTile * clockMHz * 1e3,
+    cyclesPerBlock: perBlock * clockMHz * 1e3,
+    launchUs: launch * 1e3,
+    multiprocessors: sms,
+    clockMHz,
+  };
+}
+
+// ---- memory --------------------------------------------------------------------------------------
+
+/** Bytes of workspace: for each element of Q, for each of K with that of V, and of any call. */
+export interface MemoryModel {
+  perQuery: number;
+  perKey: number;
+  fixed: number;
+}
+
+function elements(
+  { batch, heads, kvHeads, tokens, queries = tokens, headDim }: Shape,
+): [number, number] {
+  return [batch * heads * queries * headDim, batch * kvHeads * tokens * headDim];
+}
+
+/** The model of rows of one kernel; undefined where they tell no workspace, or none is taken. */
+export function fitMemory(rows: readonly Row[]): MemoryModel | undefined {
+  const used = rows.filter((row) => isFitted(row) && row.workspaceBytes);
+  if (!used.length) return;
+  const [perQuery, perKey, fixed] = fit(used.map((row) => {
+    const [queries, keys] = elements(shapeOf(row));
+    return [queries, keys, 1].map((value) => value / row.workspaceBytes!);
+  }));
+  return { perQuery, perKey, fixed };
+}
+
+/** Bytes of workspace of a call. */
+export function predictBytes({ perQuery, perKey, fixed }: MemoryModel, shape: Shape): number {
+  const [queries, keys] = elements(shape);
+  return perQuery * queries + perKey * keys + fixed;
+}
+
+// ---- several GPUs --------------------------------------------------------------------------------
+
+/** Context parallelism: every GPU keeps its queries, keys and values go around a ring. */
+export interface Ring {
+  gpus: number;
+  tokens: number;
+  heads: number;
+  kvHeads: number;
+  headDim: number;
+  causal: boolean;
+}
+
+/** Bytes of one element of K with its V, and what scales add to every token of a head. */
+export interface Wire {
+  name: string;
+  bytesPerPair: number;
+  scaleBytesPerToken: number;
+}
+
+/** Keys and values as they are, or as kernel sage2 takes them: INT8 with four scales for 64 keys, FP8. */
+export const wires: readonly Wire[] = [
+  { name: "bf16", bytesPerPair: 4, scaleBytesPerToken: 0 },
+  { name: "INT8 and FP8", bytesPerPair: 2, scaleBytesPerToken: 4 * 4 / 64 },
+];
+
+/** Bytes that a GPU sends in a step. */
+export function stepBytes({ gpus, tokens, kvHeads, headDim }: Ring, wire: Wire): number {
+  return tokens / gpus * kvHeads * (headDim * wire.bytesPerPair + wire.scaleBytesPerToken);
+}
+
+/** Milliseconds of attention in a step, masks shared out evenly. */
+export function stepComputeMs(ring: Ring, tflops: number): number {
+  const { gpus, tokens, heads, headDim, causal } = ring;
+  return 4 * heads * (tokens / gpus) ** 2 * headDim / (causal ? 2 : 1) / tflops / 1e9;
+}
+
+/** Milliseconds of sending in a step. */
+export function stepWireMs(ring: Ring, wire: Wire, gbs: number): number {
+  return stepBytes(ring, wire) / gbs / 1e6;
+}
+
+/** Tokens a GPU from which sending hides behind computing. */
+export function tokensToHide(ring: Ring, wire: Wire, gbs: number, tflops: number): number {
+  const one = { ...ring, gpus: 1, tokens: 1 };
+  return stepWireMs(one, wire, gbs) / stepComputeMs(one, tflops);
+}

@@ -1,0 +1,1048 @@
+// Attention by wgmma with 16-bit P.V (sm_90a): `flash` and `sage1` are one kernel that differs in the type of Q.K and
+// in where the factor of a score comes from.
+//
+// A block stays for many items (query blocks of a head). One warpgroup moves tiles; the others compute, 64 query rows
+// each, from the last key tile to the first. Items follow one another without a break: while P.V of a tile is under
+// way, so are the scores of the next one, be it the next item's first. Values that are not finite stay out of the
+// loop: where a mask could turn them into 0 * NaN they are cleared in shared memory, and repair() puts in afterwards
+// what they do to the rows that see them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <atomic>
+#include <type_traits>
+
+#include "../kernels.h"
+#include "../ptx/barrier.cuh"
+#include "../ptx/memory.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/tensor.cuh"
+#include "../ptx/wgmma.cuh"
+
+namespace sage::cuda::sm90 {
+
+// Division of numbers below 2^31 by one known to the host.
+struct Divisor {
+  uint32_t divisor, multiplier, shift;
+
+  Divisor() = default;
+  explicit Divisor(int by) : divisor(static_cast<uint32_t>(by)), multiplier(0), shift(0) {
+    while (uint32_t{1} << shift < divisor) shift++;
+    if (shift == 0) return;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
+    shift--;
+  }
+  __device__ __forceinline__ int divide(int x) const {
+    return divisor == 1 ? x : static_cast<int>(__umulhi(static_cast<uint32_t>(x), multiplier) >> shift);
+  }
+  __device__ __forceinline__ int remainder(int x) const { return x - divide(x) * static_cast<int>(divisor); }
+};
+
+// Element strides and address of a tensor that repair() reads.
+struct Raw {
+  const char* data;
+  int64_t stride[4];
+};
+
+constexpr int kGroupKeys = 64;  // that share the scale of K in sage1, or four of them
+
+struct F16Params {
+  CUtensorMap q, k, v;
+  char* o;
+  float* lse;
+  int64_t o_stride[4], lse_stride[3];
+  DType out_dtype;
+  bool wide_o;  // rows of O take 16-byte stores
+  int q_tokens, k_tokens, v_dim;
+  Divisor q_heads, group;  // group: query heads that share one KV head
+  int kv_heads;
+  Divisor q_blocks;   // of one head; with clusters, groups of them
+  int items, planes;  // planes: heads of all batches
+  // Planes whose causal items are mixed, so that their K and V stay in the L2 cache; those of the last run.
+  Divisor run_planes, last_planes;
+  Divisor run_items;
+  bool turn_around;  // see Walk
+  float scale_log2;  // softmax scale times log2(e)
+  float largest;     // that V can hold
+  Raw raw_v;
+
+  // sage1 only
+  const float *q_scales, *k_scales;
+  int q_groups, k_groups;  // of one head
+  Grouping q_grouping;
+  int q_group_rows;
+  int k_lane_groups;  // of kGroupKeys keys: 4 where every lane of a quad has its own, else 1
+  const uint32_t *q_not_finite, *k_not_finite;
+  int q_words, k_words;  // of one head
+  Raw raw_q, raw_k;      // what the codes were made of; data may be null
+  DType raw_dtype;
+  int head_dim;
+  const float *v_scales, *v_mean;  // [B, Hkv, v_dim] or null
+  const float* lse_shift;          // [B, Hq, q_tokens] or null
+};
+
+// kBlockN: keys of a tile; kConsumers: warpgroups that compute; kStages: tiles of K and of V in shared memory;
+// kTakeTurns: warpgroups issue products in turn; kCluster: blocks that share their tiles of K and V.
+template <int kHeadDim_, ptx::Operand kQK_, bool kCausal_, int kBlockN_, int kConsumers_, int kStages_, int kQBuffers_,
+          bool kTakeTurns_, int kCluster_ = 1>
+struct F16Config {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr ptx::Half kPV = kQK_ == ptx::Operand::kBF16 ? ptx::Half::kBF16 : ptx::Half::kF16;
+  static constexpr bool kQuantized = kQK_ == ptx::Operand::kS8, kCausal = kCausal_;
+  static constexpr int kBlockN = kBlockN_, kConsumers = kConsumers_, kBlockM = 64 * kConsumers;
+  static constexpr int kStages = kStages_, kQBuffers = kQBuffers_;
+  static constexpr bool kTakeTurns = kTakeTurns_;
+  static constexpr int kCluster = kCluster_;
+  static constexpr int kThreads = 128 * (kConsumers + 1), kConsumerThreads = 128 * kConsumers;
+  // O, S and P of a thread take so many; what the consumers can spare goes to the warps that move tiles. Together no
+  // more than a block is launched with, or those that ask for more wait forever.
+  static constexpr int kFragments = kHeadDim / 2 + kBlockN / 2 + kBlockN / 4;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kFragments <= 176 ? 232 : 240;
+  static constexpr int kMoverRegisters = kConsumers == 3 ? 32 : kFragments <= 176 ? 40 : 24;
+  static_assert(kConsumers * kConsumerRegisters + kMoverRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
+
+  // Channels of Q and K lie in panels whose rows have kWidth bytes, those of V in panels of 64.
+  static constexpr int kElement = kQuantized ? 1 : 2;
+  static constexpr int kWidth = kHeadDim * kElement < 128 ? kHeadDim * kElement : 128;
+  static constexpr int kPanels = kHeadDim * kElement / kWidth, kVPanels = kHeadDim / 64;
+  static constexpr int kQBytes = 64 * kHeadDim * kElement;  // of one warpgroup
+  static constexpr int kKBytes = kBlockN * kHeadDim * kElement, kVBytes = kBlockN * kHeadDim * 2;
+  static constexpr int kQAt = 1024, kKAt = kQAt + kQBuffers * kConsumers * kQBytes, kVAt = kKAt + kStages * kKBytes;
+  static constexpr int kSharedBytes = kVAt + kStages * kVBytes;
+
+  // Keys whose scale is known to be one.
+  static constexpr int kScaleKeys = kBlockN % 64 == 0 ? 64 : 32, kScales = kQuantized ? kBlockN / kScaleKeys : 1;
+  // Whether scales are fetched a tile ahead: three warpgroups bridge the wait without that.
+  static constexpr bool kLooksAhead = kConsumers < 3;
+  // The kept maximum moves only when a score exceeds it by this much (base 2): P stays below 2^kHeadroom, O is
+  // rarely rescaled.
+  static constexpr float kHeadroom = 8.0f;
+  // P is also scaled by 2^-kShift, where its type has the range for it: bf16 V go up to 3e38, and their sums must not
+  // overflow.
+  static constexpr float kShift = kPV == ptx::Half::kBF16 ? 32.0f : 0.0f;
+
+  static_assert(kSharedBytes <= 232448, "a block has 227 KiB of shared memory");
+  static_assert(kBlockN % (kQuantized ? 32 : 16) == 0, "16 keys are one step of P.V, 32 are one word of flags");
+  static_assert(kKBytes % 1024 == 0 && kQBytes % 1024 == 0, "swizzled tiles start at multiples of 1024 bytes");
+};
+
+// ---- shared memory ----------------------------------------------------------------------------------------------
+
+// Addresses of barriers and tiles; barriers come first.
+template <class C>
+struct Shared {
+  uint32_t base;
+
+  __device__ uint32_t k_full(uint32_t stage) const { return base + 8 * stage; }
+  __device__ uint32_t k_empty(uint32_t stage) const { return base + 8 * (C::kStages + stage); }
+  __device__ uint32_t v_full(uint32_t stage) const { return base + 8 * (2 * C::kStages + stage); }
+  __device__ uint32_t v_empty(uint32_t stage) const { return base + 8 * (3 * C::kStages + stage); }
+  __device__ uint32_t v_clean(uint32_t stage) const { return base + 8 * (4 * C::kStages + stage); }
+  __device__ uint32_t q_full(uint32_t buffer, int group) const {
+    return base + 8 * (5 * C::kStages + buffer * C::kConsumers + group);
+  }
+  __device__ uint32_t q_empty(uint32_t buffer, int group) const {
+    return q_full(buffer, group) + 8 * C::kQBuffers * C::kConsumers;
+  }
+  __device__ uint32_t q(uint32_t buffer, int group) const {
+    return base + C::kQAt + (buffer * C::kConsumers + group) * C::kQBytes;
+  }
+  __device__ uint32_t k(uint32_t stage) const { return base + C::kKAt + stage * C::kKBytes; }
+  __device__ uint32_t v(uint32_t stage) const { return base + C::kVAt + stage * C::kVBytes; }
+
+  // Raised where something is not finite and must be repaired.
+  __device__ void set_flag(int value) const {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(base + kFlagAt), "r"(value) : "memory");
+  }
+  __device__ int flag() const {
+    int value;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(base + kFlagAt) : "memory");
+    return value;
+  }
+
+ private:
+  static constexpr int kFlagAt = 1020;
+};
+
+// A position in a ring of kCount buffers, and the parity that its barrier completes next.
+template <int kCount>
+struct Ring {
+  uint32_t at = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++at == kCount) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- items ------------------------------------------------------------------------------------------------------
+
+// A block's items (a cluster's): one of every round of as many as there are blocks. As causal items get shorter, the
+// order of the blocks may turn around with every round, so that all get the same work.
+template <class C>
+struct Walk {
+  int index, step;
+
+  __device__ __forceinline__ explicit Walk(const F16Params& p) : index(blockIdx.x / C::kCluster) {
+    step = turns(p) ? 2 * (width() - index) - 1 : width();
+  }
+  __device__ __forceinline__ void advance(const F16Params& p) {
+    index += step;
+    if (turns(p)) step = 2 * width() - step;
+  }
+  __device__ __forceinline__ int next() const { return index + step; }
+  __device__ __forceinline__ int previous(const F16Params& p) const {
+    return index - (turns(p) ? 2 * width() - step : step);
+  }
+
+ private:
+  static __device__ __forceinline__ bool turns(const F16Params& p) { return C::kCausal && p.turn_around; }
+  static __device__ __forceinline__ int width() { return static_cast<int>(gridDim.x) / C::kCluster; }
+};
+
+// A query block of a head; with clusters, that of one of its blocks.
+template <class C>
+struct Item {
+  int plane, row0;
+  int first_limit;  // last key that row0 sees
+  int tiles;        // at least one, even where all is masked
+  int open_tiles;   // need no mask
+
+  __device__ __forceinline__ Item(const F16Params& p, int index) {
+    int q_block;
+    if constexpr (C::kCausal) {  // the longest first
+      const int run = p.run_items.divide(index), at = index - run * static_cast<int>(p.run_items.divisor);
+      const int first_plane = run * static_cast<int>(p.run_planes.divisor);
+      const bool whole = first_plane + static_cast<int>(p.run_planes.divisor) <= p.planes;
+      const int row = whole ? p.run_planes.divide(at) : p.last_planes.divide(at);
+      plane = first_plane + at - row * static_cast<int>(whole ? p.run_planes.divisor : p.last_planes.divisor);
+      q_block = static_cast<int>(p.q_blocks.divisor) - 1 - row;
+    } else {
+      plane = p.q_blocks.divide(index);
+      q_block = index - plane * static_cast<int>(p.q_blocks.divisor);
+    }
+    row0 = q_block * C::kCluster * C::kBlockM;
+    const int end_limit = C::kCausal ? row0 + C::kCluster * C::kBlockM - 1 + p.k_tokens - p.q_tokens : p.k_tokens - 1;
+    const int last_key = min(end_limit, p.k_tokens - 1);  // that a block of the cluster sees
+    if constexpr (C::kCluster > 1) row0 += ptx::block_in_cluster() * C::kBlockM;
+    first_limit = C::kCausal ? row0 + p.k_tokens - p.q_tokens : p.k_tokens - 1;
+    tiles = last_key < 0 ? 1 : last_key / C::kBlockN + 1;
+    open_tiles = open_tiles_from(p, 0);
+  }
+
+  __device__ __forceinline__ int last_limit(const F16Params& p) const {
+    return C::kCausal ? min(first_limit + C::kBlockM - 1, p.k_tokens - 1) : p.k_tokens - 1;
+  }
+  // For the rows from row0 + row on.
+  __device__ __forceinline__ int open_tiles_from(const F16Params& p, int row) const {
+    const int limit = C::kCausal ? first_limit + row : first_limit;
+    return min(max(limit + 1, 0), p.k_tokens) / C::kBlockN;
+  }
+  __device__ __forceinline__ int batch(const F16Params& p) const { return p.q_heads.divide(plane); }
+  __device__ __forceinline__ int head(const F16Params& p) const { return p.q_heads.remainder(plane); }
+  __device__ __forceinline__ int kv_head(const F16Params& p) const { return p.group.divide(head(p)); }
+  __device__ __forceinline__ int kv_plane(const F16Params& p) const { return batch(p) * p.kv_heads + kv_head(p); }
+};
+
+// ---- values that are not finite ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ float element_value(const char* address, DType dtype) {
+  if (dtype == DType::kF16) return __half2float(*reinterpret_cast<const __half*>(address));
+  if (dtype == DType::kBF16) return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(address));
+  return *reinterpret_cast<const float*>(address);
+}
+
+__device__ __forceinline__ void store_element(char* base, DType dtype, int64_t index, float value) {
+  if (dtype == DType::kF16)
+    reinterpret_cast<__half*>(base)[index] = __float2half_rn(value);
+  else if (dtype == DType::kBF16)
+    reinterpret_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16_rn(value);
+  else
+    reinterpret_cast<float*>(base)[index] = value;
+}
+
+// Clears what is not finite from the rows of a tile of V from `first` on. Called by kThreads threads of whole warps.
+template <class C, int kThreads>
+__device__ __forceinline__ bool clear_not_finite(uint32_t v_tile, int first, int thread) {
+  constexpr uint32_t kExponent = C::kPV == ptx::Half::kF16 ? 0x7c007c00u : 0x7f807f80u;
+  constexpr uint32_t kUnit = C::kPV == ptx::Half::kF16 ? 0x04000400u : 0x00800080u;  // carries into the sign
+  bool found = false;
+#pragma unroll 1
+  for (int chunk = first * 16 + thread; chunk < C::kBlockN * 16; chunk += kThreads) {
+#pragma unroll
+    for (int panel = 0; panel < C::kVPanels; panel++) {
+      const uint32_t address = v_tile + panel * C::kBlockN * 128 + chunk * 8;
+      uint32_t word[2];
+      asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(address) : "memory");
+      const uint32_t bad[2] = {((word[0] & kExponent) + kUnit) & 0x80008000u,
+                               ((word[1] & kExponent) + kUnit) & 0x80008000u};
+      if ((bad[0] | bad[1]) == 0) continue;
+      found = true;
+#pragma unroll
+      for (int i = 0; i < 2; i++) word[i] &= ~((bad[i] >> 15) * 0xffffu);
+      asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(word[0]), "r"(word[1]) : "memory");
+    }
+  }
+  return found;
+}
+
+// The score of a key that INT8 cannot hold, from the raw tensors: +-inf or NaN as exact arithmetic has it.
+__device__ __forceinline__ float raw_score(const F16Params& p, int batch, int head, int row, int key) {
+  if (p.raw_k.data == nullptr) return float_of(0x7fc00000u);
+  const int bytes = p.raw_dtype == DType::kF32 ? 4 : 2;
+  const char* q =
+      p.raw_q.data + (batch * p.raw_q.stride[0] + head * p.raw_q.stride[1] + row * p.raw_q.stride[2]) * bytes;
+  const char* k =
+      p.raw_k.data +
+      (batch * p.raw_k.stride[0] + p.group.divide(head) * p.raw_k.stride[1] + key * p.raw_k.stride[2]) * bytes;
+  float sum = 0.0f;
+#pragma unroll 1
+  for (int d = 0; d < p.head_dim; d++) {
+    sum += element_value(q + d * p.raw_q.stride[3] * bytes, p.raw_dtype) *
+           element_value(k + d * p.raw_k.stride[3] * bytes, p.raw_dtype);
+  }
+  return sum;
+}
+
+// Goes over this block's items again, after their outputs are written: V that was cleared is added to the rows that
+// see it, and rows that see a key that is not finite become NaN, unless its score is -inf.
+template <class C>
+__device__ __noinline__ void repair(const F16Params& p, int thread) {
+  for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
+    const Item<C> item(p, walk.index);
+    const int batch = item.batch(p), head = item.head(p), kv_head = item.kv_head(p);
+    const int rows = min(C::kBlockM, p.q_tokens - item.row0);
+    const int64_t o_plane = batch * p.o_stride[0] + head * p.o_stride[1];
+    if constexpr (C::kCausal) {
+      const DType v_dtype = C::kPV == ptx::Half::kF16 ? DType::kF16 : DType::kBF16;
+      const char* const v_plane = p.raw_v.data + (batch * p.raw_v.stride[0] + kv_head * p.raw_v.stride[1]) * 2;
+      for (int channel = thread; channel < p.v_dim; channel += C::kConsumerThreads) {
+        for (int key = max(item.first_limit + 1, 0); key <= item.last_limit(p); key++) {
+          const float value =
+              element_value(v_plane + (key * p.raw_v.stride[2] + channel * p.raw_v.stride[3]) * 2, v_dtype);
+          if (is_finite(value)) continue;
+          for (int row = key - item.first_limit; row < rows; row++) {
+            const int64_t at = o_plane + (item.row0 + row) * p.o_stride[2] + channel * p.o_stride[3];
+            const int bytes = p.out_dtype == DType::kF32 ? 4 : 2;
+            store_element(p.o, p.out_dtype, at, element_value(p.o + at * bytes, p.out_dtype) + value);
+          }
+        }
+      }
+    }
+    if constexpr (C::kQuantized) {
+      const uint32_t* const words = p.k_not_finite + static_cast<int64_t>(item.kv_plane(p)) * p.k_words;
+      for (int i = thread; i < rows; i += C::kConsumerThreads) {
+        const int row = item.row0 + i, limit = C::kCausal ? min(item.first_limit + i, p.k_tokens - 1) : p.k_tokens - 1;
+        bool bad = false;
+        for (int key0 = 0; key0 <= limit && !bad; key0 += 32) {
+          for (uint32_t bits = words[key0 / 32]; bits != 0 && !bad; bits &= bits - 1) {
+            const int key = key0 + __ffs(static_cast<int>(bits)) - 1;
+            bad = key <= limit && raw_score(p, batch, head, row, key) != -INFINITY;
+          }
+        }
+        if (!bad) continue;
+        const float nan = float_of(0x7fc00000u);
+        for (int channel = 0; channel < p.v_dim; channel++) {
+          store_element(p.o, p.out_dtype, o_plane + row * p.o_stride[2] + channel * p.o_stride[3], nan);
+        }
+        if (p.lse != nullptr) {
+          p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = nan;
+        }
+      }
+    }
+  }
+}
+
+// ---- arithmetic -------------------------------------------------------------------------------------------------
+
+// s32 scores plus these bits, 1.5 * 2^23 as a float, read as that float plus the score where it is below 2^22. It
+// leaves in the addend of the exponential.
+constexpr int32_t kBiasBits = 0x4b400000;
+constexpr float kBias = 12582912.0f;
+// With the bias: -inf.
+constexpr int32_t kMaskedScore = static_cast<int32_t>(0xff800000u - static_cast<uint32_t>(kBiasBits));
+
+// Keeps a factor where neither factor * 0 nor factor * -inf is NaN, and a whole score stays finite. NaN stays.
+__device__ __forceinline__ float clamp_factor(float factor) {
+  return factor < 0x1p-126f ? 0x1p-126f : factor > 0x1p100f ? 0x1p100f : factor;
+}
+
+template <ptx::Half kHalf>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (kHalf == ptx::Half::kF16) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// Maximum and sum of rows g and g + 8 of this lane's columns.
+struct RowState {
+  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+};
+
+// ---- the two products of a tile ---------------------------------------------------------------------------------
+
+template <class C, class Score>
+__device__ __forceinline__ void issue_scores(Score (&s)[C::kBlockN / 2], uint64_t q, uint64_t k) {
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; panel++) {
+#pragma unroll
+    for (int step = 0; step < C::kWidth / 32; step++) {
+      const uint64_t a = q + (panel * 64 * C::kWidth >> 4) + 2 * step;
+      const uint64_t b = k + (panel * C::kBlockN * C::kWidth >> 4) + 2 * step;
+      const auto issue = [&](auto accumulate) {
+        constexpr bool kAccumulate = decltype(accumulate)::value;
+        if constexpr (C::kQuantized) {
+          ptx::ScoreProduct<C::kBlockN>::template issue<kAccumulate>(s, a, b);
+        } else {
+          ptx::HalfScoreProduct<C::kPV, C::kBlockN>::template issue<kAccumulate>(s, a, b);
+        }
+      };
+      if (panel == 0 && step == 0)
+        issue(std::false_type{});
+      else
+        issue(std::true_type{});
+    }
+  }
+  ptx::product_commit();
+}
+
+template <class C>
+__device__ __forceinline__ void issue_values(float (&o)[C::kHeadDim / 2], const uint32_t (&p)[C::kBlockN / 4],
+                                             uint64_t v, int accumulate) {
+#pragma unroll
+  for (int step = 0; step < C::kBlockN / 16; step++) {
+    ptx::HalfValueProduct<C::kPV, C::kHeadDim>::issue(o, p + 4 * step, v + (step * 16 * 128 >> 4),
+                                                      step == 0 ? accumulate : 1);
+  }
+  ptx::product_commit();
+}
+
+// ---- the warps that move tiles ----------------------------------------------------------------------------------
+
+// A panel of a tile of K or V. Every block of a cluster loads its part for all of them.
+template <class C>
+__device__ __forceinline__ void load_shared_box(uint32_t to, int width, const CUtensorMap& map, int channel, int tile,
+                                                int head, int batch, uint32_t barrier) {
+  if constexpr (C::kCluster == 1) {
+    ptx::copy_box(to, map, channel, tile * C::kBlockN, head, batch, barrier);
+  } else {
+    constexpr int kRows = C::kBlockN / C::kCluster;
+    const int row = ptx::block_in_cluster() * kRows;
+    ptx::copy_box_to_cluster(to + row * width, map, channel, tile * C::kBlockN + row, head, batch, barrier,
+                             (1 << C::kCluster) - 1);
+  }
+}
+
+// One lane: a tile of K or V may be overwritten, as far as this warp is concerned.
+template <class C>
+__device__ __forceinline__ void release_shared(uint32_t barrier) {
+  if constexpr (C::kCluster == 1) {
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
+  } else {
+    if (threadIdx.x % 32 < C::kCluster) ptx::barrier_arrive_at(barrier, threadIdx.x % 32);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void load_queries_and_keys(const F16Params& p, const Shared<C>& shared) {
+  ptx::prefetch_map(p.q);
+  ptx::prefetch_map(p.k);
+  Ring<C::kStages> stage;
+  Ring<C::kQBuffers> buffer;
+  const auto load_keys = [&](int tile, int kv_head, int batch) {
+    ptx::barrier_wait(shared.k_empty(stage.at), stage.parity ^ 1);
+    ptx::barrier_expect(shared.k_full(stage.at), C::kKBytes);
+#pragma unroll
+    for (int panel = 0; panel < C::kPanels; panel++) {
+      load_shared_box<C>(shared.k(stage.at) + panel * C::kBlockN * C::kWidth, C::kWidth, p.k,
+                         panel * C::kWidth / C::kElement, tile, kv_head, batch, shared.k_full(stage.at));
+    }
+    stage.advance();
+  };
+  for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
+    const Item<C> item(p, walk.index);
+    const int batch = item.batch(p), kv_head = item.kv_head(p);
+    load_keys(item.tiles - 1, kv_head, batch);
+    const int head = item.head(p);
+#pragma unroll 1
+    for (int group = 0; group < C::kConsumers; group++) {
+      const uint32_t full = shared.q_full(buffer.at, group);
+      ptx::barrier_wait(shared.q_empty(buffer.at, group), buffer.parity ^ 1);
+      ptx::barrier_expect(full, C::kQBytes);
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels; panel++) {
+        ptx::copy_box(shared.q(buffer.at, group) + panel * 64 * C::kWidth, p.q, panel * C::kWidth / C::kElement,
+                      item.row0 + group * 64, head, batch, full);
+      }
+    }
+    buffer.advance();
+#pragma unroll 1
+    for (int tile = item.tiles - 2; tile >= 0; tile--) load_keys(tile, kv_head, batch);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void load_values(const F16Params& p, const Shared<C>& shared) {
+  ptx::prefetch_map(p.v);
+  Ring<C::kStages> stage;
+  for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
+    const Item<C> item(p, walk.index);
+    const int batch = item.batch(p), kv_head = item.kv_head(p);
+    for (int tile = item.tiles - 1; tile >= 0; tile--) {
+      ptx::barrier_wait(shared.v_empty(stage.at), stage.parity ^ 1);
+      ptx::barrier_expect(shared.v_full(stage.at), C::kVBytes);
+#pragma unroll
+      for (int panel = 0; panel < C::kVPanels; panel++) {
+        load_shared_box<C>(shared.v(stage.at) + panel * C::kBlockN * 128, 128, p.v, panel * 64, tile, kv_head, batch,
+                           shared.v_full(stage.at));
+      }
+      stage.advance();
+    }
+  }
+}
+
+// Two warps clear the values that a causal mask hides from some rows of the block.
+constexpr int kCleaningWarps = 2;
+template <class C>
+__device__ __forceinline__ void clean_values(const F16Params& p, const Shared<C>& shared) {
+  Ring<C::kStages> stage;
+  for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
+    const Item<C> item(p, walk.index);
+    for (int tile = item.tiles - 1; tile >= 0; tile--) {
+      ptx::barrier_wait(shared.v_full(stage.at), stage.parity);
+      const bool masked = tile >= item.open_tiles;
+      if (masked) {
+        const int first = max(item.first_limit + 1 - tile * C::kBlockN, 0),
+                  thread = threadIdx.x % (32 * kCleaningWarps);
+        if (clear_not_finite<C, 32 * kCleaningWarps>(shared.v(stage.at), first, thread)) shared.set_flag(1);
+        ptx::async_proxy_fence();
+        __syncwarp();
+      }
+      if (masked && threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.v_clean(stage.at));
+      release_shared<C>(shared.v_empty(stage.at));  // so that no tile passes unseen
+      stage.advance();
+    }
+  }
+}
+
+// ---- the warpgroups that compute --------------------------------------------------------------------------------
+
+// O / sum, from the fragments: rows g and g + 8 of a lane, columns 8n + 2c, + 1. Changes O on the way.
+template <class C>
+__device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& item, int group,
+                                           float (&o)[C::kHeadDim / 2], const RowState& rows) {
+  int thread;  // read again, so that nothing made of it occupies a register all the while
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  const int lane = thread % 32, c = lane % 4;
+  const int batch = item.batch(p), head = item.head(p);
+  const float largest = p.largest;
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float total = rows.sum[half];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    inverse[half] = 1.0f / total;
+    const int in_block = group * 64 + thread / 32 % 4 * 16 + lane / 4 + half * 8, row = item.row0 + in_block;
+    if (p.lse != nullptr && c == 0 && row < p.q_tokens) {
+      float lse = (rows.maximum[half] + (log2f(total) + C::kShift)) * kLn2;
+      if constexpr (C::kQuantized) {
+        if (p.lse_shift != nullptr) lse += p.lse_shift[static_cast<int64_t>(item.plane) * p.q_tokens + row];
+      }
+      const bool visible = !C::kCausal || item.first_limit + in_block >= 0;
+      p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = visible ? lse : -INFINITY;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= inverse[i / 2 % 2];
+  if constexpr (C::kQuantized) {
+    const int64_t v_plane = static_cast<int64_t>(item.kv_plane(p)) * p.v_dim;
+    // Every lane loads the factors of a few channels, from where the others take them.
+    const auto for_channels = [&](const float* values, auto change) {
+      float mine[C::kHeadDim / 32];
+#pragma unroll
+      for (int i = 0; i < C::kHeadDim / 32; i++) {
+        mine[i] = values[v_plane + min(i / 2 * 64 + lane * 2 + i % 2, p.v_dim - 1)];
+      }
+#pragma unroll
+      for (int i = 0; i < C::kHeadDim / 2; i++) {
+        if (i & 2) continue;
+        const float value = __shfl_sync(~0u, mine[i / 32 * 2 + i % 2], i / 4 % 8 * 4 + c);
+        change(o[i], value);
+        change(o[i + 2], value);
+      }
+    };
+    if (p.v_scales != nullptr) for_channels(p.v_scales, [](float& x, float scale) { x *= scale; });
+    if (p.v_mean != nullptr) for_channels(p.v_mean, [](float& x, float mean) { x += mean; });
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int in_block = group * 64 + thread / 32 % 4 * 16 + lane / 4 + half * 8, row = item.row0 + in_block;
+    const bool exists = row < p.q_tokens, visible = !C::kCausal || item.first_limit + in_block >= 0;
+    const auto value_of = [&](int n, int e) {
+      float value = o[4 * n + 2 * half + e];
+      // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
+      if (is_finite(value)) value = fminf(fmaxf(value, -largest), largest);
+      return visible ? value : 0.0f;
+    };
+    const int64_t o_row = batch * p.o_stride[0] + head * p.o_stride[1] + row * p.o_stride[2];
+    if (p.wide_o) {  // four lanes trade pairs of channels, so that each stores eight in a row
+#pragma unroll
+      for (int n = 0; n < C::kHeadDim / 8; n += 4) {
+        uint32_t word[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const float low = value_of(n + i, 0), high = value_of(n + i, 1);
+          word[i] = p.out_dtype == DType::kF16 ? pack<ptx::Half::kF16>(low, high) : pack<ptx::Half::kBF16>(low, high);
+        }
+#pragma unroll
+        for (int bit = 1; bit <= 2; bit *= 2) {
+          const bool upper = (c & bit) != 0;
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            const uint32_t other = __shfl_xor_sync(~0u, upper ? word[i] : word[i + bit], bit);
+            word[i] = upper ? other : word[i];
+            word[i + bit] = upper ? word[i + bit] : other;
+          }
+        }
+        if (exists && (n + c) * 8 < p.v_dim) {
+          *reinterpret_cast<uint4*>(p.o + (o_row + (n + c) * 8) * 2) = make_uint4(word[0], word[1], word[2], word[3]);
+        }
+      }
+    } else if (exists) {
+#pragma unroll
+      for (int n = 0; n < C::kHeadDim / 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int channel = n * 8 + c * 2 + e;
+          if (channel < p.v_dim) store_element(p.o, p.out_dtype, o_row + channel * p.o_stride[3], value_of(n, e));
+        }
+      }
+    }
+  }
+}
+
+// What turns the raw scores of a tile into base-2 logits, fetched one tile ahead.
+template <class C>
+struct Factors {
+  float q[2];               // of rows g and g + 8
+  float k[C::kScales];      // of runs of keys
+  uint32_t not_finite = 0;  // in some lane not 0: some key of the item's plane is not finite
+
+  __device__ __forceinline__ void fetch_rows(const F16Params& p, const Item<C>& item, int row) {
+    if constexpr (C::kQuantized) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int known = min(item.row0 + row + half * 8, p.q_tokens - 1);
+        const int run = known / p.q_group_rows;  // 1 row of kToken
+        const int group = p.q_grouping == Grouping::kThreadQuery ? run * 8 + known % 8 : run;
+        q[half] = p.scale_log2 * p.q_scales[static_cast<int64_t>(item.plane) * p.q_groups + group];
+        const uint32_t bits = p.q_not_finite[static_cast<int64_t>(item.plane) * p.q_words + known / 32];
+        if (bits >> known % 32 & 1) q[half] = float_of(0x7fc00000u);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void fetch_plane(const F16Params& p, int kv_plane) {
+    if constexpr (C::kQuantized) {
+      const uint32_t* const words = p.k_not_finite + static_cast<int64_t>(kv_plane) * p.k_words;
+      not_finite = 0;
+#pragma unroll 4
+      for (int word = threadIdx.x % 32; word < p.k_words; word += 32) not_finite |= words[word];
+    }
+  }
+
+  __device__ __forceinline__ void fetch_keys(const F16Params& p, int kv_plane, int tile) {
+    if constexpr (C::kQuantized) {
+      const float* const scales = p.k_scales + static_cast<int64_t>(kv_plane) * p.k_groups;
+#pragma unroll
+      for (int i = 0; i < C::kScales; i++) {
+        const int block = (tile * C::kBlockN + i * C::kScaleKeys) / kGroupKeys;
+        const int group = p.k_lane_groups == 1 ? block : block * 4 + static_cast<int>(threadIdx.x % 4);
+        k[i] = scales[min(group, p.k_groups - 1)];
+      }
+    }
+  }
+
+  __device__ __forceinline__ float multiplier(const F16Params& p, int run, int half) const {
+    if constexpr (!C::kQuantized) return p.scale_log2;
+    // Three bits less, so that the product with the bias is exact.
+    return float_of(bits_of(clamp_factor(q[half] * k[run])) & ~7u);
+  }
+};
+
+// Scores to exponentials. Returns whether the kept maxima of some row of this warp moved; O then takes `rescale`.
+template <class C, class Score>
+__device__ __forceinline__ bool exponentiate(const F16Params& p, const Factors<C>& factors,
+                                             const Score (&s)[C::kBlockN / 2], float (&e)[C::kBlockN / 2],
+                                             RowState& rows, float (&rescale)[2]) {
+  constexpr int kRunTiles = C::kBlockN / 8 / C::kScales;
+  float addend[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int run = 0; run < C::kScales; run++) {
+      float of_run;
+      if constexpr (C::kQuantized) {
+        int most = s[4 * run * kRunTiles + 2 * half];
+#pragma unroll
+        for (int n = run * kRunTiles; n < (run + 1) * kRunTiles; n++)
+          most = __vimax3_s32(most, s[4 * n + 2 * half], s[4 * n + 2 * half + 1]);
+        of_run = __int_as_float(most + kBiasBits) - kBias;
+      } else {
+        of_run = s[2 * half];
+#pragma unroll
+        for (int n = 0; n < kRunTiles; n++) of_run = fmaxf(of_run, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
+      }
+      of_run *= factors.multiplier(p, run, half);
+      largest = C::kScales == 1 ? of_run : fmaxf(largest, of_run);
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    if (C::kQuantized) largest = ceilf(largest);  // exact with the bias
+    const float next = largest > rows.maximum[half] + C::kHeadroom ? largest : rows.maximum[half];
+    const float offset = next == -INFINITY ? 0.0f : next;  // nothing visible yet
+    rescale[half] = ptx::exp2_approx(rows.maximum[half] - offset);
+    rows.maximum[half] = next;
+    rows.sum[half] *= rescale[half];
+    addend[half] = -offset - C::kShift;
+  }
+#pragma unroll
+  for (int run = 0; run < C::kScales; run++) {
+    float multiplier[2], run_addend[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      multiplier[half] = factors.multiplier(p, run, half);
+      run_addend[half] = C::kQuantized ? fmaf(-kBias, multiplier[half], addend[half]) : addend[half];
+    }
+#pragma unroll
+    for (int i = 4 * run * kRunTiles; i < 4 * (run + 1) * kRunTiles; i++) {
+      const int half = i / 2 % 2;
+      float x;
+      if constexpr (C::kQuantized)
+        x = __int_as_float(s[i] + kBiasBits);
+      else
+        x = s[i];
+      e[i] = ptx::exp2_approx(fmaf(x, multiplier[half], run_addend[half]));
+      rows.sum[half] += e[i];
+    }
+  }
+  return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
+}
+
+template <class C>
+__device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& shared, int group) {
+  constexpr int kScoreCount = C::kBlockN / 2, kOutCount = C::kHeadDim / 2;
+  using Score = std::conditional_t<C::kQuantized, int, float>;
+  const Score kMasked = C::kQuantized ? static_cast<Score>(kMaskedScore) : static_cast<Score>(-INFINITY);
+  const int lane = threadIdx.x % 32, c = lane % 4;
+  const int lane_row = group * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;  // of the block; and the one 8 further
+
+  // Kept to what the loop needs: what it needs seldom is made again from the item's index.
+  uint32_t count = 0, items = 0;  // tiles and items whose scores are done
+  uint32_t clean_parity = 0;      // one bit a stage
+  Walk<C> walk(p);
+  int tile;
+  int open_tiles, hidden_tiles;  // tiles from these on need a mask, have values that were hidden from some rows
+  [[maybe_unused]] int kv_plane;
+  [[maybe_unused]] bool bad_keys;  // in kv_plane
+
+  Score s[kScoreCount];
+  uint32_t probabilities[kScoreCount / 2];
+  float o[kOutCount], e[kScoreCount];
+#pragma unroll
+  for (int i = 0; i < kOutCount; i++) o[i] = 0.0f;
+#pragma unroll
+  for (uint32_t& word : probabilities) word = 0;
+  RowState rows;
+  Factors<C> factors, next_factors;
+  float rescale[2];
+
+  const auto take_turn = [&] {
+    if constexpr (C::kTakeTurns) ptx::turn_wait<256>(1 + group);
+  };
+  const auto pass_turn = [&] {
+    if constexpr (C::kTakeTurns) ptx::turn_pass<256>(1 + (group + 1) % C::kConsumers);
+  };
+  const auto start_item = [&] {
+    const Item<C> item(p, walk.index);
+    tile = item.tiles - 1;
+    open_tiles = item.open_tiles_from(p, group * 64);
+    hidden_tiles = item.open_tiles;
+    if constexpr (C::kQuantized) kv_plane = item.kv_plane(p);
+    ptx::barrier_wait(shared.q_full(items % C::kQBuffers, group), items / C::kQBuffers & 1);
+  };
+  const auto start_scores = [&] {
+    const uint32_t stage = count % C::kStages;
+    ptx::barrier_wait(shared.k_full(stage), count / C::kStages & 1);
+    take_turn();
+    ptx::pin(probabilities);
+    ptx::product_fence();
+    issue_scores<C>(s,
+                    ptx::tile_descriptor<C::kWidth>() | ptx::descriptor_address(shared.q(items % C::kQBuffers, group)),
+                    ptx::tile_descriptor<C::kWidth>() | ptx::descriptor_address(shared.k(stage)));
+  };
+  // Fetches the factors of the tile after this one, which takes longer than a product.
+  const auto look_ahead = [&] {
+    if constexpr (C::kQuantized) {
+      if (tile > 0) {
+        if (C::kLooksAhead) next_factors.fetch_keys(p, kv_plane, tile - 1);
+      } else {
+        const Item<C> next(p, min(walk.next(), p.items - 1));
+        next_factors.fetch_rows(p, next, lane_row);
+        if (next.kv_plane(p) != kv_plane) next_factors.fetch_plane(p, next.kv_plane(p));
+        if (C::kLooksAhead) next_factors.fetch_keys(p, next.kv_plane(p), next.tiles - 1);
+      }
+    }
+  };
+  const auto take_factors = [&](bool of_next_item) {
+    if constexpr (C::kQuantized) {
+#pragma unroll
+      for (int i = 0; i < C::kScales; i++) {
+        if (C::kLooksAhead) factors.k[i] = next_factors.k[i];
+      }
+      if (!C::kLooksAhead) factors.fetch_keys(p, kv_plane, tile);
+      if (of_next_item) bad_keys = __any_sync(~0u, next_factors.not_finite != 0);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        if (of_next_item) factors.q[half] = next_factors.q[half];
+      }
+    }
+  };
+  // The scores are there.
+  const auto take_scores = [&] {
+    ptx::pin(s);
+    release_shared<C>(shared.k_empty(count % C::kStages));
+    if (tile == 0 && lane == 0) ptx::barrier_arrive(shared.q_empty(items % C::kQBuffers, group));
+    if (tile >= open_tiles) {
+      const int last = p.k_tokens - 1 - tile * C::kBlockN - c * 2;
+      const int limit = C::kCausal ? Item<C>(p, walk.index).first_limit + lane_row - tile * C::kBlockN - c * 2 : last;
+      const int limits[2] = {min(limit, last), min(limit + 8, last)};
+#pragma unroll
+      for (int i = 0; i < kScoreCount; i++) {
+        const bool seen = i / 4 * 8 + i % 2 <= (C::kCausal ? limits[i / 2 % 2] : last);
+        s[i] = seen ? s[i] : kMasked;
+      }
+    }
+    if constexpr (C::kQuantized) {
+      if (bad_keys) {
+#pragma unroll
+        for (int word = 0; word < C::kBlockN / 32; word++) {
+          const int at = tile * (C::kBlockN / 32) + word;
+          const uint32_t bits = at < p.k_words ? p.k_not_finite[static_cast<int64_t>(kv_plane) * p.k_words + at] : 0;
+          if (bits != 0) shared.set_flag(1);
+#pragma unroll
+          for (int i = word * 16; i < word * 16 + 16; i++) {
+            s[i] = bits >> 2 * c >> (i % 16 / 4 * 8 + i % 2) & 1 ? kMasked : s[i];
+          }
+        }
+      }
+    }
+  };
+  // Of tile `number`; some of its values were hidden from some rows, and it is the first of its item.
+  const auto start_values = [&](uint32_t number, bool hidden, bool first) {
+    const uint32_t stage = number % C::kStages;
+    if (C::kCausal && hidden) {
+      ptx::barrier_wait(shared.v_clean(stage), clean_parity >> stage & 1);
+      clean_parity ^= 1u << stage;
+    } else {
+      ptx::barrier_wait(shared.v_full(stage), number / C::kStages & 1);
+    }
+    issue_values<C>(o, probabilities, ptx::panel_descriptor<C::kBlockN>() | ptx::descriptor_address(shared.v(stage)),
+                    !first);
+  };
+  const auto pack_probabilities = [&] {
+#pragma unroll
+    for (int i = 0; i < kScoreCount / 2; i++) probabilities[i] = pack<C::kPV>(e[2 * i], e[2 * i + 1]);
+  };
+
+  if (C::kTakeTurns && group == C::kConsumers - 1) pass_turn();
+  start_item();
+  if constexpr (C::kQuantized) {
+    factors.fetch_rows(p, Item<C>(p, walk.index), lane_row);
+    factors.fetch_keys(p, kv_plane, tile);
+    factors.fetch_plane(p, kv_plane);
+    bad_keys = __any_sync(~0u, factors.not_finite != 0);
+    next_factors.not_finite = factors.not_finite;
+  }
+  start_scores();
+  pass_turn();
+  look_ahead();
+  ptx::product_wait<0>();
+  take_scores();
+  exponentiate<C>(p, factors, s, e, rows, rescale);
+  pack_probabilities();
+  bool hidden = tile >= hidden_tiles, first = true;
+
+#pragma unroll 1
+  for (count = 1;; count++) {
+    const bool last = tile == 0;
+    if (last) {
+      items++;
+      if (walk.next() >= p.items) break;
+      walk.advance(p);
+      start_item();
+    } else {
+      tile--;
+    }
+    take_factors(last);
+    start_scores();
+    start_values(count - 1, hidden, first);
+    pass_turn();
+    look_ahead();
+    ptx::product_wait<1>();
+    take_scores();
+    const RowState before = rows;
+    if (last) rows = RowState{};
+    const bool moved = exponentiate<C>(p, factors, s, e, rows, rescale);
+    // The compiler moves a wait up as far as it can within a block of code: this branch keeps the exponentials above.
+    if (moved && !last) {
+      ptx::product_wait<0>();
+      ptx::pin(o);
+#pragma unroll
+      for (int i = 0; i < kOutCount; i++) o[i] *= rescale[i / 2 % 2];
+    }
+    ptx::product_wait<0>();
+    ptx::pin(e);
+    ptx::pin(o);
+    release_shared<C>(shared.v_empty((count - 1) % C::kStages));
+    pack_probabilities();
+    if (last) {
+      ptx::pin(probabilities);  // before, as that takes half the registers
+      write_rows<C>(p, Item<C>(p, walk.previous(p)), group, o, before);
+    }
+    hidden = tile >= hidden_tiles;
+    first = last;
+  }
+  ptx::pin(probabilities);
+  ptx::product_fence();
+  start_values(count - 1, hidden, first);
+  ptx::product_wait<0>();
+  ptx::pin(o);
+  write_rows<C>(p, Item<C>(p, walk.index), group, o, rows);
+  if (C::kTakeTurns && group == 0) take_turn();
+
+  if constexpr (C::kCausal || C::kQuantized) {
+    ptx::turn_wait<C::kConsumerThreads>(C::kConsumers + 1);
+    if (shared.flag() != 0) {
+      __threadfence_block();
+      repair<C>(p, threadIdx.x);
+    }
+  }
+}
+
+// ---- the kernel -------------------------------------------------------------------------------------------------
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) attention_f16_kernel(const __grid_constant__ F16Params p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const Shared<C> shared{ptx::shared_address(memory)};
+  if (threadIdx.x == 0) {
+    shared.set_flag(0);
+    for (int i = 0; i < C::kStages; i++) {
+      ptx::barrier_init(shared.k_full(i), 1);
+      ptx::barrier_init(shared.v_full(i), 1);
+      ptx::barrier_init(shared.k_empty(i), C::kCluster * 4 * C::kConsumers);
+      ptx::barrier_init(shared.v_empty(i), C::kCluster * (4 * C::kConsumers + (C::kCausal ? kCleaningWarps : 0)));
+      ptx::barrier_init(shared.v_clean(i), kCleaningWarps);
+    }
+    for (int i = 0; i < C::kQBuffers; i++) {
+      for (int group = 0; group < C::kConsumers; group++) {
+        ptx::barrier_init(shared.q_full(i, group), 1);
+        ptx::barrier_init(shared.q_empty(i, group), 4);
+      }
+    }
+    ptx::barrier_init_fence();
+  }
+  if constexpr (C::kCluster > 1)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
+
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (group == C::kConsumers) {
+    ptx::shrink_registers<C::kMoverRegisters>();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
+    if (warp == 0) {
+      if (threadIdx.x % 32 == 0) load_queries_and_keys<C>(p, shared);
+    } else if (warp == 1) {
+      if (threadIdx.x % 32 == 0) load_values<C>(p, shared);
+    } else if constexpr (C::kCausal) {
+      clean_values<C>(p, shared);
+    }
+  } else {
+    ptx::grow_registers<C::kConsumerRegisters>();
+    compute<C>(p, shared, group);
+  }
+  if constexpr (C::kCluster > 1) ptx::cluster_sync();  // the others may still write here
+}
+
+// ---- host side --------------------------------------------------------------------------------------------------
+
+// Once a device: raises the limit of shared memory.
+template <class C>
+void prepare(int ordinal) {
+  static std::atomic<uint64_t> prepared{0};
+  const uint64_t bit = uint64_t{1} << ordinal % 64;
+  if (ordinal < 64 && (prepared.load(std::memory_order_acquire) & bit)) return;
+  SAGE_CUDA(
+      cudaFuncSetAttribute(attention_f16_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+  prepared.fetch_or(bit, std::memory_order_release);
+}
+
+// A tensor map of boxes of `rows` tokens, `width` bytes of channels wide.
+CUtensorMap make_tensor_map(const View& view, int rows, int width);
+
+struct Operands {
+  View q, k, v;
+};
+
+template <class C>
+void launch_f16(F16Params params, const Operands& operands, cudaStream_t stream) {
+  int ordinal = 0, multiprocessors = 0;
+  SAGE_CUDA(cudaGetDevice(&ordinal));
+  SAGE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, ordinal));
+  prepare<C>(ordinal);
+  params.q = make_tensor_map(operands.q, 64, C::kWidth);
+  params.k = make_tensor_map(operands.k, C::kBlockN / C::kCluster, C::kWidth);
+  params.v = make_tensor_map(operands.v, C::kBlockN / C::kCluster, 128);
+  const int q_blocks = (params.q_tokens + C::kCluster * C::kBlockM - 1) / (C::kCluster * C::kBlockM);
+  const int64_t plane_bytes =
+      int64_t{params.k_tokens} * C::kHeadDim * (C::kElement + 2) / static_cast<int64_t>(params.group.divisor) + 1;
+  // Many planes to a run: what matters is that all blocks get the same work. Few: that they stay near one another.
+  constexpr int64_t kCacheBytes = 40 << 20, kLittleCacheBytes = 24 << 20, kMostPlanes = 32, kManyPlanes = 6;
+  params.turn_around = kCacheBytes / plane_bytes >= kManyPlanes;
+  const int64_t fitting = (params.turn_around ? kCacheBytes : kLittleCacheBytes) / plane_bytes;
+  const int run_planes =
+      static_cast<int>(std::min<int64_t>(std::clamp<int64_t>(fitting, 1, kMostPlanes), params.planes));
+  params.q_blocks = Divisor(q_blocks);
+  params.items = params.planes * q_blocks;
+  params.run_planes = Divisor(run_planes);
+  params.last_planes = Divisor(params.planes % run_planes == 0 ? run_planes : params.planes % run_planes);
+  params.run_items = Divisor(run_planes * q_blocks);
+  const int clusters = std::min(params.items, multiprocessors / C::kCluster);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = C::kCluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * C::kCluster));
+  config.blockDim = dim3(C::kThreads);
+  config.dynamicSmemBytes = C::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  SAGE_CUDA(cudaLaunchKernelEx(&config, attention_f16_kernel<C>, params));
+}
+
+}  // namespace sage::cuda::sm90

@@ -1,0 +1,152 @@
+// From checked operations to the sm_90a kernels with 16-bit P.V: what they can run, their parameters and tensor maps.
+#include <cudaTypedefs.h>
+
+#include "flash.h"
+#include "flash_launch.h"
+
+namespace sage::cuda::sm90 {
+
+extern template void launch_flash_for<64>(const F16Params&, const Operands&, bool, cudaStream_t);
+extern template void launch_flash_for<128>(const F16Params&, const Operands&, bool, cudaStream_t);
+extern template void launch_flash_for<256>(const F16Params&, const Operands&, bool, cudaStream_t);
+extern template void launch_sage1_for<64>(const F16Params&, const Operands&, bool, cudaStream_t);
+extern template void launch_sage1_for<128>(const F16Params&, const Operands&, bool, cudaStream_t);
+extern template void launch_sage1_for<256>(const F16Params&, const Operands&, bool, cudaStream_t);
+
+namespace {
+
+bool suits_kernel(const View& q, const View& k, const View& v, const Plan& plan) {
+  constexpr int kLeastBlockM = 128;
+  const int64_t items = q.batch() * q.heads() * ((q.tokens() + kLeastBlockM - 1) / kLeastBlockM);
+  return plan.padded_head_dim <= 256 && items < int64_t{1} << 30 && has_boxes(q) && has_boxes(k) && has_boxes(v);
+}
+
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* address = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    SAGE_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found));
+    if (found != cudaDriverEntryPointSuccess) {
+      SAGE_FAIL(SAGE_DEVICE_ERROR, "Cannot run attention as the driver must have cuTensorMapEncodeTiled (CUDA 12.0).");
+    }
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(address);
+  }();
+  return encoder;
+}
+
+float largest_finite(DType dtype) {
+  return dtype == DType::kF16 ? 65504.0f : dtype == DType::kBF16 ? 0x1.fep127f : 0x1.fffffep127f;
+}
+
+Raw raw(const View& view) {
+  return {static_cast<const char*>(view.data), {view.stride[0], view.stride[1], view.stride[2], view.stride[3]}};
+}
+
+const float* f32(const View& view) { return static_cast<const float*>(view.data); }
+
+F16Params make_params(const View& q, const View& k, const View& v, const View& o, const View& lse, float scale) {
+  F16Params params{};
+  params.o = static_cast<char*>(o.data);
+  params.lse = static_cast<float*>(lse.data);
+  bool wide = o.dtype != DType::kF32 && reinterpret_cast<uintptr_t>(o.data) % 16 == 0 && o.channels() % 8 == 0 &&
+              o.stride[3] == 1;
+  for (int i = 0; i < 4; i++) {
+    params.o_stride[i] = o.stride[i];
+    if (i < 3) wide = wide && (o.stride[i] % 8 == 0 || o.shape[i] == 1);
+  }
+  for (int i = 0; i < 3; i++) params.lse_stride[i] = lse.stride[i];
+  params.out_dtype = o.dtype;
+  params.wide_o = wide;
+  params.q_tokens = static_cast<int>(q.tokens());
+  params.k_tokens = static_cast<int>(k.tokens());
+  params.v_dim = static_cast<int>(o.channels());
+  params.q_heads = Divisor(static_cast<int>(q.heads()));
+  params.group = Divisor(static_cast<int>(q.heads() / k.heads()));
+  params.kv_heads = static_cast<int>(k.heads());
+  params.planes = static_cast<int>(q.batch() * q.heads());
+  params.scale_log2 = scale * kLog2e;
+  params.largest = largest_finite(v.dtype);
+  params.raw_v = raw(v);
+  return params;
+}
+
+}  // namespace
+
+CUtensorMap make_tensor_map(const View& view, int rows, int width) {
+  const int64_t bytes = bits_per_element(view.dtype) / 8;
+  const CUtensorMapDataType type = view.dtype == DType::kF16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                   : view.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                : CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  const CUtensorMapSwizzle swizzle = width == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : width == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                   : CU_TENSOR_MAP_SWIZZLE_32B;
+  cuuint64_t sizes[4], strides[3];
+  for (int i = 0; i < 4; i++) {
+    sizes[i] = static_cast<cuuint64_t>(view.shape[3 - i]);
+    if (i < 3) strides[i] = static_cast<cuuint64_t>(view.shape[2 - i] > 1 ? view.stride[2 - i] * bytes : 16);
+  }
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(width / bytes), static_cast<cuuint32_t>(rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result =
+      tensor_map_encoder()(&map, type, 4, view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    SAGE_FAIL(SAGE_INTERNAL, "Cannot make a tensor map: cuTensorMapEncodeTiled gave " + std::to_string(result) + ".");
+  }
+  return map;
+}
+
+bool can_run_flash(const AttentionOp& op) {
+  return op.q.dtype != DType::kF32 && suits_kernel(op.q, op.k, op.v, op.plan);
+}
+
+bool can_run_sage1(const Sage1Op& op) {
+  const Plan& plan = op.plan;
+  const bool rows = plan.k_grouping == Grouping::kRows || plan.k_grouping == Grouping::kThreadKey;
+  return !op.delta && rows && plan.k_group_rows == kGroupKeys && !plan.f16_accumulator &&
+         suits_kernel(op.q, op.k, op.v, plan);
+}
+
+void launch_flash(const AttentionOp& op, CUstream_st* stream) {
+  const F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.scale);
+  const Operands operands{op.q, op.k, op.v};
+  switch (op.plan.padded_head_dim) {
+    case 64: return launch_flash_for<64>(params, operands, op.causal, stream);
+    case 128: return launch_flash_for<128>(params, operands, op.causal, stream);
+    default: return launch_flash_for<256>(params, operands, op.causal, stream);
+  }
+}
+
+void launch_sage1(const Sage1Op& op, CUstream_st* stream) {
+  F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.scale);
+  params.largest = largest_finite(op.v_dtype);
+  params.q_scales = f32(op.q_scales);
+  params.k_scales = f32(op.k_scales);
+  params.q_groups = static_cast<int>(op.q_scales.tokens());
+  params.k_groups = static_cast<int>(op.k_scales.tokens());
+  params.q_grouping = op.plan.q_grouping;
+  params.q_group_rows = op.plan.q_grouping == Grouping::kToken ? 1 : static_cast<int>(op.plan.q_group_rows);
+  params.k_lane_groups = op.plan.k_grouping == Grouping::kThreadKey ? 4 : 1;
+  params.q_not_finite = op.q_not_finite;
+  params.k_not_finite = op.k_not_finite;
+  params.q_words = (params.q_tokens + 31) / 32;
+  params.k_words = (params.k_tokens + 31) / 32;
+  if (op.q_raw && op.k_raw) {
+    params.raw_q = raw(op.q_raw);
+    params.raw_k = raw(op.k_raw);
+    params.raw_dtype = op.q_raw.dtype;
+    params.head_dim = static_cast<int>(op.q_raw.channels());
+  }
+  params.v_scales = f32(op.v_scales);
+  params.v_mean = f32(op.v_mean);
+  params.lse_shift = f32(op.lse_shift);
+  const Operands operands{op.q, op.k, op.v};
+  switch (op.plan.padded_head_dim) {
+    case 64: return launch_sage1_for<64>(params, operands, op.causal, stream);
+    case 128: return launch_sage1_for<128>(params, operands, op.causal, stream);
+    default: return launch_sage1_for<256>(params, operands, op.causal, stream);
+  }
+}
+
+}  // namespace sage::cuda::sm90

@@ -1,0 +1,22 @@
+// `flash` on sm_90a for head dimensions up to 64.
+#include "flash_launch.h"
+
+namespace sage::cuda::sm90 {
+
+namespace {
+
+template <ptx::Operand kType>
+void launch(const F16Params& params, const Operands& operands, bool causal, cudaStream_t stream) {
+  if (causal) return launch_f16<F16Config<64, kType, true, 128, 3, 4, 1, false>>(params, operands, stream);
+  launch_f16<F16Config<64, kType, false, 128, 3, 4, 2, true>>(params, operands, stream);
+}
+
+}  // namespace
+
+template <>
+void launch_flash_for<64>(const F16Params& params, const Operands& operands, bool causal, cudaStream_t stream) {
+  if (operands.q.dtype == DType::kF16) return launch<ptx::Operand::kF16>(params, operands, causal, stream);
+  launch<ptx::Operand::kBF16>(params, operands, causal, stream);
+}
+
+}  // namespace sage::cuda::sm90

@@ -1,0 +1,93 @@
+// What the steps of packing for sage2 share.
+#pragma once
+
+#include "../tile.cuh"
+#include "sage2.h"
+
+namespace sage::cuda::sm90 {
+
+// Writes k_mean, v_mean and v_scales from a sample of the tokens; clears v_peaks, flags and next_item. It lets the next
+// kernel start when all kernels before it are done.
+void launch_sage2_sample(const Sage2Op& op, CUstream_st* stream);
+
+// ---- what a channel's values come to ----------------------------------------------------------------------------
+
+// Of finite values; `pivot` is one of them, or any other constant that all parts of a summary share.
+struct alignas(16) Summary {
+  float sum, squares;  // of x - pivot
+  float largest;       // magnitude of x
+  float missing;       // how many are not finite
+};
+
+// Something near most values, so that their squares do not cancel: the middle one of three of them.
+template <DType kType>
+__device__ __forceinline__ void load_pivot(float (&pivot)[8], const Tensor& tensor, const char* plane, int channel) {
+  const int64_t quarter = tensor.tokens / 4;
+  Octet<kType> octets[3];
+  load_rows(octets, tensor, plane, quarter, static_cast<int>(max(quarter, int64_t{1})), tensor.tokens, channel);
+  float x[3][8];
+#pragma unroll
+  for (int i = 0; i < 3; i++) unpack(octets[i], x[i]);
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const float least = fminf(x[0][j], x[1][j]), most = fmaxf(x[0][j], x[1][j]),
+                middle = fmaxf(least, fminf(most, x[2][j]));
+    pivot[j] = is_finite(middle) ? middle : 0.0f;
+  }
+}
+
+__device__ __forceinline__ void add_value(Summary& summary, float x, float pivot) {
+  const float difference = x - pivot;
+  summary.sum += difference;
+  summary.squares += difference * difference;
+  summary.largest = fmaxf(summary.largest, fabsf(x));
+}
+
+__device__ __forceinline__ void add_summary(Summary& summary, const Summary& other) {
+  summary.sum += other.sum;
+  summary.squares += other.squares;
+  summary.largest = fmaxf(summary.largest, other.largest);
+  summary.missing += other.missing;
+}
+
+// The exponent of the least power of two that is no smaller.
+__device__ __forceinline__ uint32_t ceiling_exponent(float x) { return (bits_of(x) + 0x7fffffu) >> 23; }
+
+// Where `peak` is the largest magnitude that there is.
+__device__ __forceinline__ float scale_of_peak(float peak) {
+  return float_of((ceiling_exponent(fmaxf(peak, 0x1p-100f)) - 8) << 23);
+}
+
+__device__ __forceinline__ float inverse_of_power(float scale) { return float_of(0x7f000000u - bits_of(scale)); }
+
+// As mean_of of numerics.h: 0 where subtracting it could lose or overflow a value.
+__device__ __forceinline__ float mean_of_channel(const Summary& summary, float pivot, int64_t tokens) {
+  const float mean = pivot + summary.sum / (static_cast<float>(tokens) - summary.missing);
+  return fabsf(mean) < 0x1p119f ? mean : 0.0f;
+}
+
+struct Channel {
+  float mean, scale;
+};
+
+// The scale is never 0, and no value summarized exceeds its range.
+__device__ __forceinline__ Channel channel_of_values(const Summary& summary, float pivot, int64_t tokens, bool centre) {
+  const float count = static_cast<float>(tokens) - summary.missing, inverse_count = 1.0f / count;
+  const float offset = summary.sum * inverse_count, variance = summary.squares * inverse_count - offset * offset;
+  // A mean that chance explains would do more harm than good in a long context.
+  constexpr float kSignificant = 4.0f;
+  float mean = mean_of_channel(summary, pivot, tokens);
+  if (!centre && !(mean * mean * count > kSignificant * kSignificant * variance)) mean = 0.0f;
+  const float distance = mean == 0.0f ? pivot + offset : 0.0f;  // of the values' mean from what is subtracted
+  float rms = sqrtf(variance + distance * distance);
+  // Squares may overflow, underflow or cancel; magnitudes do not.
+  const float most = fminf(summary.largest + fabsf(mean), 0x1.fffffep127f);
+  if (!(rms >= 0x1p-40f && rms < INFINITY)) rms = most * 0.25f;
+  rms = fmaxf(fmaxf(rms, most * 0x1p-7f), 0x1p-110f);
+  constexpr uint32_t kHalfPower = 0x3504f3;  // mantissa of sqrt(2)
+  const uint32_t exponent = (bits_of(rms) + (0x800000 - kHalfPower)) >> 23;
+  return {mean, float_of((exponent - 1) << 23)};
+}
+static_assert(kValueRms == 2.0f, "what channel_of_values divides by");
+
+}  // namespace sage::cuda::sm90

@@ -1,0 +1,82 @@
+// sage2 on sm_90a: what its packers write, its attention kernel reads and its repair mends. Host-only parts are pure:
+// plans use them too.
+#pragma once
+
+#include "../../ops.h"
+
+struct CUstream_st;
+
+namespace sage::cuda::sm90 {
+
+// ---- tiles ------------------------------------------------------------------------------------------------------
+
+constexpr int kBlockM = 128;  // query rows of a block: 64 for each of two warpgroups
+
+struct Sage2Tiles {
+  int block_n;  // keys of a tile
+  int v_width;  // tokens of a chunk of V: its rows have as many bytes
+};
+
+constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential) {
+  if (padded_head_dim == 64) return fast_exponential ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
+  if (padded_head_dim == 128) return fast_exponential ? Sage2Tiles{128, 128} : Sage2Tiles{192, 64};
+  return {128, 128};
+}
+
+// Channels of Q and K lie in panels of so many bytes.
+constexpr int panel_width(int padded_head_dim) { return padded_head_dim < 128 ? padded_head_dim : 128; }
+
+// ---- packed operands --------------------------------------------------------------------------------------------
+//
+// Planes count batches and heads: b * heads + h. Rows, tokens and channels beyond the tensor are zeros (codes) or ones
+// (scales). A chunk is 16 bytes; chunk i of row r of a tile lies where chunk i ^ swizzle(r) would, with swizzle
+// r & 7 for rows of 128 bytes and (r >> 1) & 3 for rows of 64, as wgmma reads them.
+//
+// Every value that is not finite gets code 0 and is flagged; repair_sage2 puts in what exact arithmetic makes of it.
+struct Sage2Packed {
+  int8_t* q;         // [Hq planes][query blocks][panels][kBlockM][panel_width]
+  float* q_scales;   // [Hq planes][query blocks * 8][8]: of rows g and g + 8 of 16 rows; holds scale * log2(e)
+  uint32_t* q_bits;  // [Hq planes][query blocks * 4]: one bit a row, set where a value is not finite
+  int8_t* k;         // [Hkv planes][tiles][panels][block_n][panel_width], less k_mean
+  float* k_scales;   // [Hkv planes][tiles][4]: scale t is that of keys 8i + 2t and 8i + 2t + 1
+  uint32_t* k_bits;  // [Hkv planes][tiles * block_n / 32]: one bit a key, set where a value is not finite
+  uint8_t*
+      v;  // [Hkv planes][tiles * block_n / v_width][padded_head_dim][v_width], e4m3, less v_mean but in the first tile
+  float* v_scales;   // [Hkv planes][padded_head_dim], powers of two
+  uint32_t* v_bits;  // as k_bits
+  float* v_peaks;    // [Hkv planes][padded_head_dim], for the packers alone: of channels whose scale came out too small
+  uint32_t* flags;   // [Hkv planes]: of the constants below
+  uint32_t* next_item;  // one word, 0: packing clears it, attention counts
+  float* k_mean;        // [Hkv planes][D] or null
+  float* v_mean;        // [Hkv planes][padded_head_dim]
+};
+// V's tokens are permuted within every 32, so that the fragment of scores, packed to bytes, is the fragment of P:
+// position 4c + e (c, e = 0..3) holds token 2c + (e & 1) + 8 * (e >> 1), position 16 + 4c + e the one 16 further.
+
+// V's channels are centred where their mean is significant, as any constant is an exact shift, and FP8 products of
+// values of one sign are summed badly; but for the first tile (unless V is to be smoothed whole): causal models put
+// much weight on a first token whose values are small.
+//
+// V's scales make the root mean square of a channel's codes (in a long context: of a sample of its tokens) this, within
+// a factor of sqrt(2), as they are powers of two: far from both ends of e4m3, which is a float.
+constexpr float kValueRms = 2.0f;
+constexpr uint32_t kKeyFlag = 1;          // a key is not finite
+constexpr uint32_t kValueFlag = 1 << 16;  // a value is not finite
+constexpr uint32_t kRangeFlag = 2 << 16;  // for the packers alone: v_peaks are not all zeros
+
+struct Sage2Op {
+  View q, k, v, o, lse;  // as given; lse may be absent
+  bool adds_lse;         // to what lse holds: scale * q . k_mean
+  Sage2Packed packed;
+  bool causal;
+  float scale;
+  Plan plan;
+};
+
+// Means (in a long context: of a sample of the tokens), scales, codes, bits and flags, in one pass over Q, K and V.
+void launch_sage2_pack(const Sage2Op& op, CUstream_st* stream);
+void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream);
+// Rows that see something that is not finite.
+void launch_sage2_repair(const Sage2Op& op, CUstream_st* stream);
+
+}  // namespace sage::cuda::sm90

@@ -1,0 +1,970 @@
+// sage2 on sm_90a: S = Q K^T in INT8, O = P V in FP8, by warpgroup products.
+//
+// A block stays on its multiprocessor and works through items of kBlockM query rows. One producer thread fills rings
+// of K and V tiles by bulk copies; two warpgroups of 64 rows each take the keys from right to left, and issue the
+// scores of a tile before the values of the tile to its right, so that exponentials overlap products. Fragments:
+// lane l holds rows g and g + 8 (g = l / 4) and columns 8n + 2c, + 1 (c = l % 4).
+//
+// V has a column of ones: its products are the row sums of P as the tensor core sees it, and leave that accumulator
+// after every tile, because FP8 products are summed with about 13 bits, truncated. O stays as long as it hovers about
+// zero, where truncation has no direction; where it drifts further than noise explains, it is added to an f32 total.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "../ptx/barrier.cuh"
+#include "../ptx/memory.cuh"
+#include "../ptx/wgmma.cuh"
+#include "launch.cuh"
+#include "sage2.h"
+
+namespace sage::cuda::sm90::sage2 {
+
+// Division of numbers below 2^31 by one that is known before the launch.
+struct Divisor {
+  uint32_t divisor = 1, magic = 0x80000000u, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t d) : divisor(d) {
+    while (uint64_t{1} << shift < d) shift++;
+    magic = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + d - 1) / d);
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const { return __umulhi(2 * n, magic) >> shift; }
+};
+
+struct Sage2Params {
+  Sage2Packed packed;
+  char* o;
+  float* lse;
+  bool adds_lse;  // to what lse holds
+  int64_t o_stride[4], lse_stride[3];
+  DType out_dtype;
+  bool vectors;  // rows of o take 16-byte stores
+  int q_tokens, k_tokens, v_dim;
+  Divisor q_heads, group;  // group: query heads that share one KV head
+  int kv_heads, tiles;     // tiles of one head
+  Divisor q_blocks;        // of one head
+  uint32_t items, planes;
+  // Causal: runs of planes whose K and V stay in the cache together; the last run may be shorter.
+  Divisor run_planes, run_items, last_run_planes;
+  bool causal, whole_mean;  // whole_mean: V's first tile is less its mean too
+  float largest;            // that V can hold
+};
+
+template <int kHeadDim_, bool kFast_>
+struct Sage2Config {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kFast = kFast_;
+  static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast);
+  static constexpr int kBlockN = kTiles.block_n, kVWidth = kTiles.v_width;
+  static constexpr int kStages = kHeadDim == 256 ? 2 : 3;
+  static constexpr int kQueryBuffers = kHeadDim == 256 ? 1 : 2;
+  // How often O is tested for drift.
+  static constexpr int kTestTiles = 1024 / kBlockN;
+  // Warpgroups take turns at issuing products.
+  static constexpr bool kTurns = kHeadDim == 256 || (kHeadDim == 128 && kFast);
+  // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
+  static constexpr bool kOptimistic = kFast && kHeadDim < 256;
+  // Exact exponentials become codes as soon as they are there, else (faster where registers allow) with the wait for
+  // products behind them.
+  static constexpr bool kEarlyCodes = kFast || kHeadDim == 256;
+  // The scores of the next item's first tile are issued before this item's output is stored.
+  static constexpr bool kAhead = kQueryBuffers == 2;
+
+  static constexpr bool kOnesInV = kHeadDim < 256;  // else they are a product of their own
+  static constexpr int kValueWidth = kHeadDim + (kOnesInV ? 8 : 0);
+  static constexpr int kPanelWidth = panel_width(kHeadDim), kPanels = kHeadDim / kPanelWidth;
+  static constexpr int kChunks = kBlockN / kVWidth, kChunkBytes = kValueWidth * kVWidth;
+
+  static constexpr int aligned(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+  static constexpr int kQueryBytes = kBlockM * kHeadDim, kKeyBytes = kBlockN * kHeadDim;
+  static constexpr int kKeyStage = aligned(kKeyBytes), kValueStage = aligned(kChunks * kChunkBytes);
+  static constexpr int kItemsAt = 256, kOnesAt = 512, kRowsAt = 1024, kQueryAt = 2048,
+                       kKeyAt = kQueryAt + kQueryBuffers * kQueryBytes;
+  static constexpr int kValueAt = kKeyAt + kStages * kKeyStage, kTotalAt = kValueAt + kStages * kValueStage;
+  static constexpr int kTotalBytes = kHeadDim == 256 || (kHeadDim == 128 && !kFast) ? 2 : 4;  // a number of the total
+  static constexpr int kSharedBytes = kTotalAt + kBlockM * kHeadDim * kTotalBytes;
+  static constexpr int kScores = kBlockN / 2, kOutputs = kValueWidth / 2, kWeights = kBlockN / 8;  // registers
+  static_assert(kSharedBytes <= 232448 && kBlockN % 32 == 0 && kBlockN % kVWidth == 0);
+};
+
+constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);  // warpgroups that multiply; and one that copies
+constexpr float kHeadroom = 4.0f;  // the kept maximum moves only when a score exceeds it by this much (base 2)
+constexpr float kOffset = 8.807355f - kHeadroom;  // P is scaled by 2^kOffset: at most 448; a maximum's P is 28 exactly
+// A mean of n values of V, whose codes have a root mean square of kValueRms, drifts if it is larger than this many
+// times kValueRms / sqrt(n): attention to normal scores has 1.65.
+constexpr float kDrift = 10.5f;
+
+// ---- rings of tiles ----------------------------------------------------------------------------------------------
+
+template <int kStages>
+struct Slot {
+  uint32_t index = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++index == kStages) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+
+  __device__ __forceinline__ Slot previous() const {
+    return index == 0 ? Slot{kStages - 1, parity ^ 1} : Slot{index - 1, parity};
+  }
+};
+
+// Two barriers a stage: full (copied) and empty (every warp is done with it).
+template <int kStages>
+struct Ring {
+  uint32_t base;
+  static constexpr uint32_t kBytes = 16 * kStages;
+  __device__ __forceinline__ uint32_t full(uint32_t stage) const { return base + 8 * stage; }
+  __device__ __forceinline__ uint32_t empty(uint32_t stage) const { return base + 8 * (kStages + stage); }
+  __device__ __forceinline__ void create() const {
+    for (int i = 0; i < kStages; i++) {
+      ptx::barrier_init(full(i), 1);
+      ptx::barrier_init(empty(i), 4 * kGroups);
+    }
+  }
+};
+
+// ---- items --------------------------------------------------------------------------------------------------------
+
+struct Item {
+  uint32_t plane, kv_plane;
+  int batch, head, block;
+  int tiles;       // that any row sees
+  int open_tiles;  // that every row sees whole
+};
+
+template <class C>
+__device__ __forceinline__ Item item_at(const Sage2Params& p, uint32_t index) {
+  Item item;
+  const uint32_t blocks = p.q_blocks.divisor;
+  if (p.causal) {  // the longest first, among planes that share the cache
+    const uint32_t run = p.run_items.quotient(index), first = run * p.run_planes.divisor;
+    const uint32_t rest = index - run * p.run_items.divisor;
+    const bool whole = first + p.run_planes.divisor <= p.planes;
+    const uint32_t turn = whole ? p.run_planes.quotient(rest) : p.last_run_planes.quotient(rest);
+    item.plane = first + rest - turn * (whole ? p.run_planes.divisor : p.last_run_planes.divisor);
+    item.block = static_cast<int>(blocks - 1 - turn);
+  } else {
+    item.plane = p.q_blocks.quotient(index);
+    item.block = static_cast<int>(index - item.plane * blocks);
+  }
+  const uint32_t batch = p.q_heads.quotient(item.plane), head = item.plane - batch * p.q_heads.divisor;
+  item.batch = static_cast<int>(batch);
+  item.head = static_cast<int>(head);
+  item.kv_plane = batch * p.kv_heads + p.group.quotient(head);
+  int first = p.k_tokens, last = p.k_tokens;  // how many keys the first and the last row see
+  if (p.causal) {
+    const int shift = p.k_tokens - p.q_tokens + 1, row = item.block * kBlockM;
+    first = max(0, min(first, row + shift));
+    last = max(0, min(last, min(row + kBlockM, p.q_tokens) - 1 + shift));
+  }
+  item.open_tiles = first / C::kBlockN;
+  item.tiles = (last + C::kBlockN - 1) / C::kBlockN;
+  return item;
+}
+
+// ---- the two products of a tile -----------------------------------------------------------------------------------
+
+template <class C>
+__device__ __forceinline__ void issue_scores(int (&s)[C::kScores], uint64_t q, uint64_t k) {
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels; panel++) {
+#pragma unroll
+    for (int step = 0; step < C::kPanelWidth / 32; step++) {
+      const uint64_t a = q + (panel * kBlockM * C::kPanelWidth >> 4) + 2 * step;
+      const uint64_t b = k + (panel * C::kBlockN * C::kPanelWidth >> 4) + 2 * step;
+      if (panel == 0 && step == 0) {
+        ptx::ScoreProduct<C::kBlockN>::template issue<false>(s, a, b);
+      } else {
+        ptx::ScoreProduct<C::kBlockN>::template issue<true>(s, a, b);
+      }
+    }
+  }
+  ptx::product_commit();
+}
+
+template <class C>
+__device__ __forceinline__ void issue_values(float (&o)[C::kOutputs], float (&sums)[4],
+                                             const uint32_t (&weights)[C::kWeights], uint64_t v, uint64_t ones,
+                                             int accumulate) {
+#pragma unroll
+  for (int step = 0; step < C::kBlockN / 32; step++) {
+    constexpr int kSteps = C::kVWidth / 32;
+    const uint64_t b = v + (step / kSteps * C::kChunkBytes >> 4) + 2 * (step % kSteps);
+    ptx::ValueProduct<C::kValueWidth>::issue(o, weights + 4 * step, b, step == 0 ? accumulate : 1);
+    if constexpr (!C::kOnesInV) ptx::ValueProduct<8>::issue(sums, weights + 4 * step, ones, step > 0);
+  }
+  ptx::product_commit();
+}
+
+// ---- softmax ------------------------------------------------------------------------------------------------------
+
+// Registers of scores go by fours of one row: word w holds columns 2c, 2c + 1 of two neighbouring 8-column tiles, of
+// row g where w is even, of g + 8 where it is odd.
+__device__ constexpr int word_base(int word) { return 8 * (word >> 1) + 2 * (word & 1); }
+// Where the word belongs in the fragment of P.
+__device__ constexpr int weight_of(int word) { return (word >> 2) * 4 + (word >> 1 & 1) * 2 + (word & 1); }
+
+// P until the products that read its registers are done: two codes in the low half of each, or floats.
+template <class C>
+struct Exponentials {
+  uint32_t bits[C::kEarlyCodes ? C::kScores / 2 : C::kScores];
+
+  __device__ __forceinline__ void put(int word, float a, float b, float c, float d) {
+    if constexpr (C::kEarlyCodes) {
+      bits[2 * word] = pair(a, b);
+      bits[2 * word + 1] = pair(c, d);
+    } else {
+      bits[4 * word] = bits_of(a), bits[4 * word + 1] = bits_of(b);
+      bits[4 * word + 2] = bits_of(c), bits[4 * word + 3] = bits_of(d);
+    }
+  }
+
+  __device__ __forceinline__ void store(uint32_t (&weights)[C::kWeights]) const {
+#pragma unroll
+    for (int word = 0; word < C::kScores / 4; word++) {
+      uint32_t low, high;
+      if constexpr (C::kEarlyCodes) {
+        low = bits[2 * word], high = bits[2 * word + 1];
+      } else {
+        low = pair(float_of(bits[4 * word]), float_of(bits[4 * word + 1]));
+        high = pair(float_of(bits[4 * word + 2]), float_of(bits[4 * word + 3]));
+      }
+      weights[weight_of(word)] = __byte_perm(low, high, 0x5410);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t pair(float low, float high) {
+    uint16_t codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    return codes;
+  }
+};
+
+// Of rows g and g + 8: the kept maximum (base 2), and the row sum of P since O was last added to the total.
+struct RowState {
+  float maximum[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {};
+};
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// How much sums shrink when their kept maximum moves.
+__device__ __forceinline__ float shrink(float from, float to) {
+  return from == -INFINITY ? 0.0f : ptx::exp2_approx(from - to);
+}
+
+// Moves the kept maxima where this tile's are larger by more than kHeadroom.
+__device__ __forceinline__ void keep_maxima(RowState& state, float (&largest)[2], float (&rescale)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    float x = largest[half];
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+    const float kept = state.maximum[half], next = x > kept + kHeadroom ? x : kept;
+    rescale[half] = shrink(kept, next);
+    state.maximum[half] = next;
+  }
+}
+
+__device__ __forceinline__ float addend_of(float maximum) {
+  return kOffset - (maximum == -INFINITY ? 0.0f : maximum);  // nothing visible yet
+}
+
+// The first of a lane's rows, in its block.
+__device__ __forceinline__ int row_of_block() { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; }
+
+// The last key that a query sees.
+__device__ __forceinline__ int last_key(const Sage2Params& p, int row) {
+  return p.causal ? min(row + p.k_tokens - p.q_tokens, p.k_tokens - 1) : p.k_tokens - 1;
+}
+
+// An item as one lane sees it, on its way from its first tile to its last.
+template <class C>
+struct Course {
+  uint32_t index;             // of the item
+  int tile = -1, open_tiles;  // the tile in work; those that need no mask, or kFlagged
+  int first_row;              // of the block
+  uint32_t first_tile;        // of the plane, among all
+  float q_scale, next_k_scale;
+  static constexpr int kFlagged = -1;  // a key of the plane is not finite
+
+  __device__ __forceinline__ Course(const Sage2Params& p, uint32_t index) : index(index) {
+    if (index >= p.items) return;
+    const Item item = item_at<C>(p, index);
+    first_row = item.block * kBlockM;
+    tile = item.tiles - 1;
+    if (tile < 0) return;
+    first_tile = item.kv_plane * p.tiles;
+    const int64_t sixteen = (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * 8 + threadIdx.x / 32;
+    q_scale = __ldg(p.packed.q_scales + sixteen * 8 + threadIdx.x % 32 / 4);
+    next_k_scale = key_scale(p, tile);
+    const uint32_t flags = __reduce_or_sync(~0u, __ldg(p.packed.flags + item.kv_plane));
+    open_tiles = flags & kKeyFlag ? kFlagged : item.open_tiles;
+  }
+
+  __device__ __forceinline__ float key_scale(const Sage2Params& p, int of) const {
+    return __ldg(p.packed.k_scales + static_cast<int64_t>(first_tile + of) * 4 + threadIdx.x % 4);
+  }
+
+  // What turns a score of this tile into an exponent of 2; fetches the next tile's.
+  __device__ __forceinline__ float factor(const Sage2Params& p) {
+    const float k_scale = next_k_scale;
+    if (tile > 0) next_k_scale = key_scale(p, tile - 1);
+    return fminf(fmaxf(q_scale * k_scale, 0x1p-126f), 0x1p100f);
+  }
+};
+
+// A score that is masked: with a factor of kLeastFactor or more it is as good as none.
+constexpr int kMasked = -(1 << 30);
+constexpr float kLeastFactor = 0x1p-19f;
+
+template <class C>
+__device__ __forceinline__ void mask(const Sage2Params& p, int (&s)[C::kScores], const Course<C>& course) {
+  const int first = course.tile * C::kBlockN + 2 * (threadIdx.x % 4), row = course.first_row + row_of_block();
+  const int limit[2] = {last_key(p, row) - first, last_key(p, row + 8) - first};
+#pragma unroll
+  for (int i = 0; i < C::kScores; i++) {
+    if (i / 4 * 8 + (i & 1) > limit[i >> 1 & 1]) s[i] = kMasked;
+  }
+}
+
+// Any tile: masks, keys that are not finite, and factors of any size.
+template <class C>
+__device__ __forceinline__ bool softmax_any(const Sage2Params& p, const int (&s)[C::kScores], Exponentials<C>& e,
+                                            RowState& state, float factor, const Course<C>& course,
+                                            float (&rescale)[2]) {
+  float x[C::kScores];
+  float largest[2] = {-INFINITY, -INFINITY};
+  const int c = threadIdx.x % 4, first = course.tile * C::kBlockN + 2 * c;
+  const int row = course.first_row + row_of_block();
+  const int limit[2] = {last_key(p, row) - first, last_key(p, row + 8) - first};
+  const uint32_t* const bits =
+      p.packed.k_bits + static_cast<int64_t>(course.first_tile + course.tile) * (C::kBlockN / 32);
+#pragma unroll
+  for (int word32 = 0; word32 < C::kBlockN / 32; word32++) {
+    uint32_t bad = 0;
+    if (course.open_tiles == course.kFlagged) bad = __ldg(bits + word32) >> 2 * c;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const int i = word32 * 16 + n * 4 + r, column = word32 * 32 + n * 8 + (r & 1);
+        const bool masked = column > limit[r >> 1] || (bad >> (n * 8 + (r & 1)) & 1) != 0;
+        x[i] = masked ? -INFINITY : static_cast<float>(s[i]) * factor;
+        largest[r >> 1] = fmaxf(largest[r >> 1], x[i]);
+      }
+    }
+  }
+  keep_maxima(state, largest, rescale);
+#pragma unroll
+  for (int word = 0; word < C::kScores / 4; word++) {
+    const int b = word_base(word);
+    const float addend = addend_of(state.maximum[word & 1]);
+    e.put(word, ptx::exp2_approx(x[b] + addend), ptx::exp2_approx(x[b + 1] + addend),
+          ptx::exp2_approx(x[b + 4] + addend), ptx::exp2_approx(x[b + 5] + addend));
+  }
+  return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
+}
+
+// The same from integer scores.
+template <class C>
+__device__ __forceinline__ bool keep_integer_maxima(const int (&s)[C::kScores], RowState& state, float factor,
+                                                    float (&rescale)[2]) {
+  int bits[2] = {max(s[0], s[1]), max(s[2], s[3])};
+#pragma unroll
+  for (int i = 4; i < C::kScores; i += 4) {
+    bits[0] = __vimax3_s32(bits[0], s[i], s[i + 1]);
+    bits[1] = __vimax3_s32(bits[1], s[i + 2], s[i + 3]);
+  }
+  float largest[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    largest[half] = bits[half] == kMasked ? -INFINITY : static_cast<float>(bits[half]) * factor;
+  }
+  keep_maxima(state, largest, rescale);
+  return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
+}
+
+// Exact exponentials.
+template <class C>
+__device__ __forceinline__ bool softmax_exact(const int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
+                                              float factor, float (&rescale)[2]) {
+  const bool moved = keep_integer_maxima<C>(s, state, factor, rescale);
+#pragma unroll
+  for (int word = 0; word < C::kScores / 4; word++) {
+    const int b = word_base(word);
+    const float addend = addend_of(state.maximum[word & 1]);
+    const auto exponential = [&](int i) { return ptx::exp2_approx(fmaf(static_cast<float>(s[i]), factor, addend)); };
+    e.put(word, exponential(b), exponential(b + 1), exponential(b + 4), exponential(b + 5));
+  }
+  return moved;
+}
+
+// Exponentials straight to e4m3 codes, whose logarithm is nearly linear in the code: floor(8 (t + 7 - .057) + .5) for
+// 2^t. (s + bias) * multiplier is the code in its top byte.
+struct CodeLine {
+  int bias[2], multiplier, most;
+};
+constexpr float kMostFactor = 0x1p-7f;  // from kLeastFactor to here the line is fine enough
+
+__device__ __forceinline__ CodeLine code_line(const RowState& state, float factor) {
+  const float inverse = reciprocal(factor), shift = kOffset + 7.0f - 0.057f + 0.0625f;
+  CodeLine line;
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int bias = __float2int_rn((shift - state.maximum[half]) * inverse);
+    line.bias[half] = max(-(1 << 30), min(1 << 30, bias));
+  }
+  line.multiplier = __float2int_rn(factor * 0x1p27f);
+  line.most = __float2int_rd(31.7f * inverse);
+  return line;
+}
+
+// Against the maxima as they are; kOptimistic: whether a score was too large for them.
+template <class C, bool kOptimistic>
+__device__ __forceinline__ bool codes_of(const int (&s)[C::kScores], Exponentials<C>& e, const RowState& state,
+                                         float factor) {
+  const CodeLine line = code_line(state, factor);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int word = 0; word < C::kScores / 4; word++) {
+    const int b = word_base(word);
+    const auto code = [&](int i) {  // clamped to 0, and to 253.6 / 256 of the range
+      const int above = kOptimistic ? __viaddmin_s32_relu(s[i], line.bias[word & 1], line.most)
+                                    : __viaddmax_s32(s[i], line.bias[word & 1], 0);
+      return static_cast<uint32_t>(above) * static_cast<uint32_t>(line.multiplier);
+    };
+    constexpr uint32_t kPair = kOptimistic ? 0x3773 : 0x0073;  // above the pair, the same bytes in turn
+    e.bits[2 * word] = __byte_perm(code(b), code(b + 1), kPair);
+    e.bits[2 * word + 1] = __byte_perm(code(b + 4), code(b + 5), kPair);
+    if (kOptimistic) largest = __vimax3_u16x2(largest, e.bits[2 * word], e.bits[2 * word + 1]);
+  }
+  return kOptimistic && __any_sync(~0u, (largest >> 24) >= 127u || (largest >> 8 & 255u) >= 127u);  // 126 is 448
+}
+
+template <class C>
+__device__ __forceinline__ bool softmax_codes(const int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
+                                              float factor, bool first, float (&rescale)[2]) {
+  if constexpr (!C::kOptimistic) {
+    const bool moved = keep_integer_maxima<C>(s, state, factor, rescale);
+    codes_of<C, false>(s, e, state, factor);
+    return moved;
+  } else {
+    bool moved = first && keep_integer_maxima<C>(s, state, factor, rescale);
+#pragma unroll 1
+    while (codes_of<C, true>(s, e, state, factor)) {  // once more at most
+      keep_integer_maxima<C>(s, state, factor, rescale);
+      moved = true;
+    }
+    return moved;
+  }
+}
+
+// P of a tile. Whether maxima moved: then what was summed for them takes `rescale`.
+template <class C>
+__device__ __forceinline__ bool softmax(const Sage2Params& p, int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
+                                        Course<C>& course, bool first, float (&rescale)[2]) {
+  const float factor = course.factor(p);
+  const bool masked = course.tile >= course.open_tiles;
+  bool any = C::kFast ? course.open_tiles == course.kFlagged : masked;
+  if (C::kFast) any |= __any_sync(~0u, !(factor >= kLeastFactor && factor < kMostFactor));
+  if (any) return softmax_any<C>(p, s, e, state, factor, course, rescale);
+  if (C::kFast && masked) mask<C>(p, s, course);
+  if constexpr (C::kFast) {
+    return softmax_codes<C>(s, e, state, factor, first, rescale);
+  } else {
+    return softmax_exact<C>(s, e, state, factor, rescale);
+  }
+}
+
+// ---- sums that have left the accumulator --------------------------------------------------------------------------
+
+// In shared memory: numbers of a thread, four to an 8-column tile, in f32 (f16 where there is no room for more), and
+// for each row its sum of P and the maximum that both were scaled for.
+template <class C>
+struct Total {
+  uint8_t* at;
+  float2* rows;  // the lane's row g; g + 8 follows
+  bool used = false;
+
+  // The total takes O in: as a sum in f32, as an average in f16, which holds it.
+  __device__ __forceinline__ void add(const float (&o)[C::kOutputs], RowState& state) {
+    float sum[2], old[2], fresh[2];
+    weigh(state, sum, old, fresh);
+#pragma unroll
+    for (int n = 0; n < C::kHeadDim / 8; n++) {
+      float x[4] = {};
+      if (used) load(n, x);
+#pragma unroll
+      for (int r = 0; r < 4; r++) x[r] = fmaf(x[r], old[r >> 1], o[4 * n + r] * fresh[r >> 1]);
+      store(n, x);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      rows[8 * half] = make_float2(sum[half], state.maximum[half]);  // all lanes of a row say the same
+      state.sum[half] = 0.0f;
+    }
+    __syncwarp();
+    used = true;
+  }
+
+  // O becomes the average of V under P; state.sum that of the whole row.
+  __device__ __forceinline__ void finish(float (&o)[C::kOutputs], RowState& state) const {
+    float sum[2], old[2], fresh[2];
+    weigh(state, sum, old, fresh);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      state.sum[half] = sum[half];
+      if (C::kTotalBytes == 2) continue;
+      fresh[half] = sum[half] > 0.0f ? reciprocal(sum[half]) : 0.0f;
+      old[half] *= fresh[half];
+    }
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= fresh[i >> 1 & 1];
+    if (!used) return;
+#pragma unroll
+    for (int n = 0; n < C::kHeadDim / 8; n++) {
+      float x[4];
+      load(n, x);
+#pragma unroll
+      for (int r = 0; r < 4; r++) o[4 * n + r] = fmaf(x[r], old[r >> 1], o[4 * n + r]);
+    }
+  }
+
+ private:
+  // The total with O in it is total * old + o * fresh.
+  __device__ __forceinline__ void weigh(const RowState& state, float (&sum)[2], float (&old)[2],
+                                        float (&fresh)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float2 before = used ? rows[8 * half] : make_float2(0.0f, -INFINITY);
+      const float factor = shrink(before.y, state.maximum[half]);
+      sum[half] = before.x * factor + state.sum[half];
+      const float inverse = sum[half] > 0.0f ? reciprocal(sum[half]) : 0.0f;
+      old[half] = C::kTotalBytes == 4 ? factor : before.x * factor * inverse;
+      fresh[half] = C::kTotalBytes == 4 ? 1.0f : inverse;
+    }
+  }
+
+  __device__ __forceinline__ void load(int n, float (&x)[4]) const {
+    if constexpr (C::kTotalBytes == 4) {
+      const float4 four = reinterpret_cast<const float4*>(at)[n * 128];
+      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    } else {
+      const uint2 four = reinterpret_cast<const uint2*>(at)[n * 128];
+      const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&four.x));
+      const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&four.y));
+      x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+    }
+  }
+
+  __device__ __forceinline__ void store(int n, const float (&x)[4]) const {
+    if constexpr (C::kTotalBytes == 4) {
+      reinterpret_cast<float4*>(at)[n * 128] = make_float4(x[0], x[1], x[2], x[3]);
+    } else {
+      const __half2 low = __floats2half2_rn(x[0], x[1]), high = __floats2half2_rn(x[2], x[3]);
+      reinterpret_cast<uint2*>(at)[n * 128] =
+          make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+    }
+  }
+};
+
+// Whether a row of the warpgroup drifts; `keys` is how many O has summed.
+template <class C>
+__device__ __forceinline__ bool drifts(const float (&o)[C::kOutputs], const RowState& state, int keys, int group) {
+  float largest[2] = {};
+#pragma unroll
+  for (int i = 0; i < C::kHeadDim / 2; i++) largest[i >> 1 & 1] = fmaxf(largest[i >> 1 & 1], fabsf(o[i]));
+  const float bound = kDrift * kValueRms * rsqrtf(static_cast<float>(keys));
+  const bool found = largest[0] > bound * state.sum[0] || largest[1] > bound * state.sum[1];
+  return __any_sync(~0u, ptx::any_of_warpgroup(3 + group, found));  // the vote tells the compiler that warps agree
+}
+
+// ---- output -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t pack_output(bool f16, float low, float high) {
+  const __half2 half = __floats2half2_rn(low, high);
+  const __nv_bfloat162 brain = __floats2bfloat162_rn(low, high);
+  return f16 ? *reinterpret_cast<const uint32_t*>(&half) : *reinterpret_cast<const uint32_t*>(&brain);
+}
+
+__device__ __forceinline__ void store_output(char* o, DType type, int64_t at, float value) {
+  if (type == DType::kF32) {
+    reinterpret_cast<float*>(o)[at] = value;
+  } else if (type == DType::kF16) {
+    reinterpret_cast<__half*>(o)[at] = __float2half_rn(value);
+  } else {
+    reinterpret_cast<__nv_bfloat16*>(o)[at] = __float2bfloat16_rn(value);
+  }
+}
+
+// Four words of a quad's lanes, transposed: lane c gets word c of lanes 0..3.
+__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int c) {
+#pragma unroll
+  for (int pair = 0; pair < 4; pair += 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, c & 1 ? word[pair] : word[pair + 1], 1);
+    if (c & 1) {
+      word[pair] = other;
+    } else {
+      word[pair + 1] = other;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint32_t other = __shfl_xor_sync(~0u, c & 2 ? word[i] : word[i + 2], 2);
+    if (c & 2) {
+      word[i] = other;
+    } else {
+      word[i + 2] = other;
+    }
+  }
+}
+
+// o: averages in V's codes; centred: the share of P on values less their mean. `scratch` is the room of the warpgroup's
+// total.
+template <class C>
+__device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& item, float (&o)[C::kOutputs],
+                                           const RowState& state, const float (&centred)[2], int first_row,
+                                           uint8_t* scratch) {
+  const int c = threadIdx.x % 4;
+  const float* scales = p.packed.v_scales + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
+  const float* means = p.packed.v_mean + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
+  const bool visible_row[2] = {last_key(p, first_row) >= 0, last_key(p, first_row + 8) >= 0};
+#pragma unroll
+  for (int n = 0; n < C::kHeadDim / 8; n++) {
+    const float2 scale = __ldg(reinterpret_cast<const float2*>(scales + 8 * n));
+    const float2 mean = __ldg(reinterpret_cast<const float2*>(means + 8 * n));
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const float x = fmaf(o[4 * n + r], r & 1 ? scale.y : scale.x, (r & 1 ? mean.y : mean.x) * centred[r >> 1]);
+      // A mean of values is no larger than the largest; rounding must not take it past what the type holds.
+      o[4 * n + r] = visible_row[r >> 1] ? fminf(fmaxf(x, -p.largest), p.largest) : 0.0f;
+    }
+  }
+  int64_t at[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = first_row + 8 * half;
+    at[half] = row < p.q_tokens ? item.batch * p.o_stride[0] + item.head * p.o_stride[1] + row * p.o_stride[2] : -1;
+    if (p.lse == nullptr || c != 0 || row >= p.q_tokens) continue;
+    float& lse = p.lse[item.batch * p.lse_stride[0] + item.head * p.lse_stride[1] + row * p.lse_stride[2]];
+    const float own = (state.maximum[half] - kOffset + log2f(state.sum[half])) * kLn2;
+    lse = visible_row[half] && state.sum[half] > 0.0f ? (p.adds_lse ? lse + own : own) : -INFINITY;
+  }
+  if (p.vectors) {
+    const bool f16 = p.out_dtype == DType::kF16;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+      for (int n = 0; n < C::kHeadDim / 8; n += 4) {
+        uint32_t word[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          word[i] = pack_output(f16, o[4 * (n + i) + 2 * half], o[4 * (n + i) + 2 * half + 1]);
+        }
+        transpose_quad(word, c);
+        if (at[half] >= 0 && 8 * (n + c) < p.v_dim) {
+          *reinterpret_cast<uint4*>(p.o + 2 * (at[half] + 8 * (n + c))) =
+              make_uint4(word[0], word[1], word[2], word[3]);
+        }
+      }
+    }
+    return;
+  }
+  // Rows of any kind, by way of shared memory: registers know no loops.
+  constexpr int kTiles = C::kHeadDim * C::kTotalBytes / 32;  // that fit in f32
+  auto* const room = reinterpret_cast<float4*>(scratch) + threadIdx.x % 128;
+#pragma unroll
+  for (int first = 0; first < C::kHeadDim / 8; first += kTiles) {
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      const float* x = o + 4 * (first + n);
+      room[n * 128] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+#pragma unroll 1
+    for (int i = 0; i < 4 * kTiles; i++) {
+      const int channel = 8 * (first + i / 4) + 2 * c + (i & 1);
+      const int64_t row = i & 2 ? at[1] : at[0];
+      if (row < 0 || channel >= p.v_dim) continue;
+      store_output(p.o, p.out_dtype, row + channel * p.o_stride[3],
+                   reinterpret_cast<float*>(room + i / 4 * 128)[i % 4]);
+    }
+  }
+}
+
+// ---- the producer -------------------------------------------------------------------------------------------------
+
+template <class C>
+struct Rings {
+  Ring<C::kStages> keys, values;
+  Ring<C::kQueryBuffers> queries;
+  uint32_t* items;  // whose queries are in a buffer; kNoItem: there are no more
+  static constexpr uint32_t kNoItem = ~0u;
+
+  __device__ __forceinline__ Rings(uint8_t* shared, uint32_t base)
+      : keys{base},
+        values{base + Ring<C::kStages>::kBytes},
+        queries{base + 2 * Ring<C::kStages>::kBytes},
+        items(reinterpret_cast<uint32_t*>(shared + C::kItemsAt)) {}
+};
+
+template <class C>
+__device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared, const Rings<C>& rings) {
+  Slot<C::kStages> slot;
+  Slot<C::kQueryBuffers> query;
+  const auto take_query_buffer = [&](uint32_t index) {
+    ptx::barrier_wait(rings.queries.empty(query.index), query.parity ^ 1);
+    rings.items[query.index] = index;
+  };
+  for (uint32_t index = blockIdx.x; index < p.items;) {
+    const Item item = item_at<C>(p, index);
+    const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles;
+    const int8_t* const keys = p.packed.k + first_tile * C::kKeyBytes;
+    const uint8_t* const values = p.packed.v + first_tile * (C::kBlockN * C::kHeadDim);
+    for (int tile = item.tiles - 1; tile >= 0; tile--) {
+      const uint32_t i = slot.index;
+      ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
+      ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes);
+      ptx::copy_bulk(shared + C::kKeyAt + i * C::kKeyStage, keys + static_cast<int64_t>(tile) * C::kKeyBytes,
+                     C::kKeyBytes, rings.keys.full(i));
+      if (tile == item.tiles - 1) {  // after the first keys: they do not wait for the item before
+        take_query_buffer(index);
+        ptx::barrier_expect(rings.queries.full(query.index), C::kQueryBytes);
+        ptx::copy_bulk(
+            shared + C::kQueryAt + query.index * C::kQueryBytes,
+            p.packed.q + (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * C::kQueryBytes,
+            C::kQueryBytes, rings.queries.full(query.index));
+      }
+      ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
+      ptx::barrier_expect(rings.values.full(i), C::kBlockN * C::kHeadDim);
+      const uint8_t* const from = values + static_cast<int64_t>(tile) * (C::kBlockN * C::kHeadDim);
+#pragma unroll
+      for (int chunk = 0; chunk < C::kChunks; chunk++) {
+        ptx::copy_bulk(shared + C::kValueAt + i * C::kValueStage + chunk * C::kChunkBytes,
+                       from + chunk * C::kHeadDim * C::kVWidth, C::kHeadDim * C::kVWidth, rings.values.full(i));
+      }
+      slot.next();
+    }
+    if (item.tiles <= 0) {
+      take_query_buffer(index);
+      ptx::barrier_arrive(rings.queries.full(query.index));
+    }
+    query.next();
+    // Whoever is free takes the next item. (The reduction, of one lane, keeps it where a warp shares numbers.)
+    index = __reduce_or_sync(1u, atomicAdd(p.packed.next_item, 1)) + gridDim.x;
+  }
+  take_query_buffer(rings.kNoItem);
+  ptx::barrier_arrive(rings.queries.full(query.index));
+}
+
+// ---- a warpgroup that multiplies ------------------------------------------------------------------------------------
+
+template <class C>
+__device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* shared, uint32_t base,
+                                               const Rings<C>& rings, int group) {
+  const int lane = threadIdx.x % 32;
+  const uint64_t key_tiles = ptx::tile_descriptor<C::kPanelWidth>() | (base + C::kKeyAt) >> 4;
+  const uint64_t value_tiles = ptx::tile_descriptor<C::kVWidth>() | (base + C::kValueAt) >> 4;
+  const uint64_t query_tiles =
+      ptx::tile_descriptor<C::kPanelWidth>() | (base + C::kQueryAt + group * 64 * C::kPanelWidth) >> 4;
+  const uint64_t ones = ptx::tile_descriptor<32>() | (base + C::kOnesAt) >> 4;
+  const auto done = [&](uint32_t barrier) {
+    if (lane == 0) ptx::barrier_arrive(barrier);
+  };
+  const auto wait_turn = [&] {
+    if (C::kTurns) ptx::turn_wait<128 * kGroups>(1 + group);
+  };
+  const auto pass_turn = [&] {
+    if (C::kTurns) ptx::turn_pass<128 * kGroups>(1 + (group + 1) % kGroups);
+  };
+  uint8_t* const totals = shared + C::kTotalAt + group * 64 * C::kHeadDim * C::kTotalBytes;
+  Total<C> total;
+  total.at = totals + threadIdx.x % 128 * 4 * C::kTotalBytes;
+  total.rows = reinterpret_cast<float2*>(shared + C::kRowsAt) + row_of_block();
+  Slot<C::kStages> slot;
+  Slot<C::kQueryBuffers> query;
+  if (C::kTurns && group == kGroups - 1) ptx::turn_pass<128 * kGroups>(1);
+
+  int s[C::kScores];
+  // Scores of the first tile, where there is one; else of whatever lies there, which nobody will read.
+  const auto issue_first = [&](const Course<C>& of) {
+    if (of.tile >= 0) ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+    wait_turn();
+    ptx::product_fence();
+    issue_scores<C>(s, query_tiles + query.index * (C::kQueryBytes >> 4), key_tiles + slot.index * (C::kKeyStage >> 4));
+    pass_turn();
+  };
+
+  const auto next_course = [&] {
+    ptx::barrier_wait(rings.queries.full(query.index), query.parity);
+    // The reduction leaves it where the compiler keeps what a warp shares.
+    return Course<C>(p, __reduce_or_sync(~0u, rings.items[query.index]));
+  };
+
+  Course<C> course = next_course();
+  if (C::kAhead) {
+    issue_first(course);
+    ptx::product_wait<0>();
+    ptx::pin(s);
+  }
+  while (course.index < p.items) {
+    const uint32_t index = course.index;
+    float o[C::kOutputs] = {}, sums[4] = {}, centred[2] = {};
+    RowState state;
+    total.used = false;
+    if (!C::kAhead) {
+      issue_first(course);
+      ptx::product_wait<0>();
+      ptx::pin(s);
+    }
+    if (course.tile >= 0) {
+      uint32_t weights[C::kWeights];
+      float rescale[2];
+      done(rings.keys.empty(slot.index));
+      {
+        Exponentials<C> e;
+        softmax<C>(p, s, e, state, course, true, rescale);
+        e.store(weights);
+      }
+      slot.next();
+      int summed = 0;  // tiles in O
+      const auto row_sum = [&](int half) { return C::kOnesInV ? o[C::kOutputs - 4 + 2 * half] : sums[2 * half]; };
+      const auto take_sums = [&] {
+        state.sum[0] += row_sum(0), state.sum[1] += row_sum(1);
+        // A write to part of an accumulator that no condition guards would make the compiler serialize products.
+        if (C::kOnesInV && p.k_tokens > 0) {
+#pragma unroll
+          for (int i = 1; i <= 4; i++) o[C::kOutputs - i] = 0.0f;
+        }
+      };
+
+#pragma unroll 1
+      while (--course.tile >= 0) {
+        Exponentials<C> e;
+        ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+        wait_turn();
+        ptx::pin(weights);
+        ptx::product_fence();
+        issue_scores<C>(s, query_tiles + query.index * (C::kQueryBytes >> 4),
+                        key_tiles + slot.index * (C::kKeyStage >> 4));
+        const Slot<C::kStages> before = slot.previous();
+        ptx::barrier_wait(rings.values.full(before.index), before.parity);
+        issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed++);
+        pass_turn();
+        ptx::product_wait<1>();
+        ptx::pin(s);
+        done(rings.keys.empty(slot.index));
+        const bool moved = softmax<C>(p, s, e, state, course, false, rescale);
+
+        ptx::product_wait<0>();
+        ptx::pin(e.bits);
+        ptx::pin(o);
+        ptx::pin(sums);
+        done(rings.values.empty(slot.previous().index));
+        take_sums();
+        e.store(weights);
+        if (moved) {
+#pragma unroll
+          for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= rescale[i >> 1 & 1];
+          state.sum[0] *= rescale[0], state.sum[1] *= rescale[1];
+        }
+        if (summed % C::kTestTiles == 0 && drifts<C>(o, state, summed * C::kBlockN, group)) {
+          total.add(o, state);
+          summed = 0;
+        }
+        slot.next();
+      }
+
+      done(rings.queries.empty(query.index));
+      query.next();
+      const Slot<C::kStages> before = slot.previous();
+      ptx::barrier_wait(rings.values.full(before.index), before.parity);
+      ptx::pin(weights);
+      ptx::product_fence();
+      issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed);
+      if (C::kAhead) {
+        course = next_course();
+        issue_first(course);
+        ptx::product_wait<1>();
+      } else {
+        ptx::product_wait<0>();
+      }
+      ptx::pin(o);
+      ptx::pin(sums);
+      done(rings.values.empty(before.index));
+      const float first[2] = {row_sum(0), row_sum(1)};
+      take_sums();
+      total.finish(o, state);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float rest = state.sum[half] - first[half];
+        centred[half] = p.whole_mean ? 1.0f : state.sum[half] > 0.0f ? rest * reciprocal(state.sum[half]) : 0.0f;
+      }
+    } else {
+      done(rings.queries.empty(query.index));
+      query.next();
+      if (C::kAhead) {
+        course = next_course();
+        issue_first(course);
+      }
+    }
+    const Item item = item_at<C>(p, index);
+    store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
+    if (C::kAhead) {
+      ptx::product_wait<0>();
+      ptx::pin(s);
+    } else {
+      course = next_course();
+    }
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constant__ Sage2Params p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const Rings<C> rings(shared, base);
+  if (threadIdx.x == 0) {
+    rings.keys.create();
+    rings.values.create();
+    rings.queries.create();
+    ptx::barrier_init_fence();
+  }
+  constexpr uint32_t kOnes = 0x38383838u;  // 1.0 in e4m3
+  if constexpr (C::kOnesInV) {
+    constexpr int kWords = 8 * C::kVWidth / 4;
+    for (int i = threadIdx.x; i < C::kStages * C::kChunks * kWords; i += kThreads) {
+      const int chunk = i / kWords, at = chunk / C::kChunks * C::kValueStage + chunk % C::kChunks * C::kChunkBytes;
+      reinterpret_cast<uint32_t*>(shared + C::kValueAt + at + C::kHeadDim * C::kVWidth)[i % kWords] = kOnes;
+    }
+  } else {
+    for (int i = threadIdx.x; i < 64; i += kThreads) reinterpret_cast<uint32_t*>(shared + C::kOnesAt)[i] = kOnes;
+  }
+  ptx::async_proxy_fence();
+  __syncthreads();
+  ptx::wait_for_previous_kernel();
+
+  if (group == kGroups) {
+    ptx::shrink_registers<24>();  // 24 + 2 * 240 is what three warpgroups of 168 have
+    if (threadIdx.x == 128 * kGroups) copy_tiles<C>(p, base, rings);
+  } else {
+    ptx::grow_registers<240>();
+    multiply_items<C>(p, shared, base, rings, group);
+  }
+}
+
+}  // namespace sage::cuda::sm90::sage2

@@ -1,0 +1,69 @@
+// Real tensors: the error of each kernel on layers of language and speech models is as recorded.
+import { parseSafetensors, relativeL1 } from "../mod.ts";
+import { type FloatProblem, run, type TestKernel, within } from "./attention.ts";
+import { deviceTest, runs, uploadProblem } from "./devices.ts";
+import { type Dims, referenceAttention } from "./reference.ts";
+
+const layers: { file: string; causal: boolean; largest: Partial<Record<TestKernel, number>> }[] = [
+  {
+    file: "tinyllama-layer06",
+    causal: true,
+    largest: {
+      flash: 0.0005,
+      sage1: 0.0287,
+      sage2: 0.0358,
+      "sage2-int4": 0.178,
+      "sage2++": 0.0349,
+    },
+  },
+  {
+    file: "tinyllama-layer18",
+    causal: true,
+    largest: { flash: 0.0005, sage1: 0.023, sage2: 0.0293, "sage2-int4": 0.193, "sage2++": 0.0293 },
+  },
+  {
+    file: "tinyllama-layer00",
+    causal: true,
+    largest: { flash: 0.0005, sage1: 0.0076, sage2: 0.0132 },
+  },
+  {
+    file: "whisper-encoder-layer01",
+    causal: false,
+    largest: { flash: 0.0005, sage1: 0.0024, sage2: 0.02 },
+  },
+];
+
+const exponentials = ["exact", "fast"] as const;
+
+for (const { file, causal, largest } of layers) {
+  const path = new URL(`data/${file}.safetensors`, import.meta.url);
+  let loaded: { problem: FloatProblem; reference: Float64Array } | undefined;
+  const load = async () => {
+    const tensors = parseSafetensors(await Deno.readFile(path));
+    const [q, k, v] = ["q", "k", "v"].map((name) => tensors.get(name, "f16"));
+    const floats = [q, k, v].map(({ data }) => Float32Array.from(data));
+    const problem: FloatProblem = {
+      q: floats[0],
+      k: floats[1],
+      v: floats[2],
+      qDims: q.shape as readonly number[] as Dims,
+      kDims: k.shape as readonly number[] as Dims,
+      vDims: v.shape as readonly number[] as Dims,
+    };
+    return { problem, reference: referenceAttention(problem, { causal }).out };
+  };
+  deviceTest(`attention() is as exact as recorded on ${file}`, async (device) => {
+    const { problem, reference } = loaded ??= await load();
+    using tensors = uploadProblem(device, problem, "f16");
+    for (const [kernel, error] of Object.entries(largest) as [TestKernel, number][]) {
+      for (const exponential of kernel === "sage2" ? exponentials : [undefined]) {
+        const options = { kernel, causal, exponential };
+        if (!runs(tensors.q, tensors.k, tensors.v, options)) continue;
+        const { out } = await run(tensors, options);
+        const allowed = exponential === "fast" ? 1.12 : 1;
+        const bound = (kernel === "flash" ? error : 1.1 * error) * allowed;
+        within(relativeL1(out, reference), bound, `${file}, ${kernel}, ${exponential}`);
+      }
+    }
+  });
+}
