@@ -4,7 +4,15 @@ import { type FloatProblem, run, type TestKernel, within } from "./attention.ts"
 import { deviceTest, runs, uploadProblem } from "./devices.ts";
 import { type Dims, referenceAttention } from "./reference.ts";
 
-const layers: { file: string; causal: boolean; largest: Partial<Record<TestKernel, number>> }[] = [
+/** `fast` is sage2's with the fast exponential, where it is more than 1.12 times as large. */
+interface Layer {
+  file: string;
+  causal: boolean;
+  largest: Partial<Record<TestKernel, number>>;
+  fast?: number;
+}
+
+const layers: Layer[] = [
   {
     file: "tinyllama-layer06",
     causal: true,
@@ -25,6 +33,7 @@ const layers: { file: string; causal: boolean; largest: Partial<Record<TestKerne
     file: "tinyllama-layer00",
     causal: true,
     largest: { flash: 0.0005, sage1: 0.0076, sage2: 0.0132 },
+    fast: 0.0208, // nearly uniform attention: on an H200
   },
   {
     file: "whisper-encoder-layer01",
@@ -35,7 +44,7 @@ const layers: { file: string; causal: boolean; largest: Partial<Record<TestKerne
 
 const exponentials = ["exact", "fast"] as const;
 
-for (const { file, causal, largest } of layers) {
+for (const { file, causal, largest, fast } of layers) {
   const path = new URL(`data/${file}.safetensors`, import.meta.url);
   let loaded: { problem: FloatProblem; reference: Float64Array } | undefined;
   const load = async () => {
@@ -60,8 +69,8 @@ for (const { file, causal, largest } of layers) {
         const options = { kernel, causal, exponential };
         if (!runs(tensors.q, tensors.k, tensors.v, options)) continue;
         const { out } = await run(tensors, options);
-        const allowed = exponential === "fast" ? 1.12 : 1;
-        const bound = (kernel === "flash" ? error : 1.1 * error) * allowed;
+        const recorded = exponential === "fast" ? fast ?? 1.12 * error : error;
+        const bound = kernel === "flash" ? recorded : 1.1 * recorded;
         within(relativeL1(out, reference), bound, `${file}, ${kernel}, ${exponential}`);
       }
     }
