@@ -181,9 +181,11 @@ inline bool has_boxes(const View& view) {
   constexpr int64_t kLargestStride = int64_t{1} << 40;  // bytes
   if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
   if (view.channels() > 1 && view.stride[3] != 1) return false;
+  const int64_t bytes = bits_per_element(view.dtype) / 8;
   for (int i = 0; i < 3; i++) {
-    const int64_t stride = view.stride[i] * (bits_per_element(view.dtype) / 8);
-    if (view.shape[i] > 1 && (stride <= 0 || stride % 16 != 0 || stride >= kLargestStride)) return false;
+    const int64_t stride = view.stride[i];
+    if (view.shape[i] > 1 && (stride <= 0 || stride >= kLargestStride / bytes || stride * bytes % 16 != 0))
+      return false;
   }
   return true;
 }

@@ -124,12 +124,13 @@ Deno.test({
   ignore: manifest.cudaVersion === null,
   fn: async () => {
     assert(reports.length > 0);
-    const waste: string[] = [];
+    const waste: string[] = [], silent: string[] = [];
     for (const path of reports) {
       const report = parseReport(await Deno.readTextFile(join(root, path)));
-      assert(report.functions.length > 0, `${path} says nothing`);
+      if (report.functions.length === 0) silent.push(path.replace(/.*\//, ""));
       waste.push(...findWaste(report).map((line) => `${path}: ${line}`));
     }
     assertEquals(waste, []);
+    assertEquals(silent, ["flash.cu.o.txt"]); // chooses among kernels and has none of its own
   },
 });
