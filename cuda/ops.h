@@ -179,7 +179,7 @@ struct AttentionShape {
 // Whether hardware can copy boxes of the tensor (by a tensor map): base and strides are multiples of 16 bytes.
 inline bool has_boxes(const View& view) {
   constexpr int64_t kLargestStride = int64_t{1} << 40;  // bytes
-  if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
+  if (bits_per_element(view.dtype) < 8 || reinterpret_cast<uintptr_t>(view.data) % 16 != 0) return false;
   if (view.channels() > 1 && view.stride[3] != 1) return false;
   const int64_t bytes = bits_per_element(view.dtype) / 8;
   for (int i = 0; i < 3; i++) {
