@@ -46,6 +46,7 @@ struct Sage2PP : Sage2 {
 
 constexpr int kTileRows = SAGE_TILE_ROWS;  // rows whose sums are held in registers at once
 constexpr int kTileVectors = 2;            // vectors of columns of the same
+constexpr int kGroupRows = 2 * kTileRows;  // rows whose softmax is taken at once, so that its latencies overlap
 
 struct Numbers {  // products of f32
   typedef float Scalar;
@@ -130,6 +131,7 @@ class QueryTile {
   const int rows_, channels_, depth_, v_channels_, v_stride_;
   const float factor_;      // of scores: the softmax scale, in base 2
   float log2_range_;        // of probability 1
+  bool any_bad_values_;     // in the tiles of values of this head
   int64_t first_mean_ = 0;  // of the rows of q_mean that this tile needs
   // In the scratch of the worker:
   Operand* queries_;                // [rows, depth]
@@ -184,6 +186,8 @@ QueryTile<Recipe>::QueryTile(const Attention& a, int64_t task, int worker)
     visible_[row] = !a.causal || keys > a.k.tokens() ? a.k.tokens() : keys < 0 ? 0 : keys;
   }
   log2_range_ = Recipe::kProbabilities == Rounding::kE4M3 ? log2f(a.p_range) : 0.0f;
+  any_bad_values_ = false;
+  for (int64_t tile = 0; tile < a.tiles(); ++tile) any_bad_values_ |= a.bad_values[kv_head_ * a.tiles() + tile] != 0;
   if (!Recipe::kIntegerScores) {  // values near the end of f32: sums of them must not overflow
     for (int64_t tile = 0; tile < a.tiles(); ++tile) {
       if (a.value_peaks[kv_head_ * a.tiles() + tile] >= 0x1p64f) log2_range_ = -40.0f;
@@ -198,6 +202,7 @@ void QueryTile<Recipe>::run() {
   for (int64_t tile = 0; tile * kKeyTile < visible_[rows_ - 1]; ++tile) {
     if (a_.q_mean) correct(tile);
     int row = 0;
+    for (; row + kGroupRows <= rows_; row += kGroupRows) attend<kGroupRows>(tile, row);
     for (; row + kTileRows <= rows_; row += kTileRows) attend<kTileRows>(tile, row);
     for (; row < rows_; ++row) attend<1>(tile, row);
   }
@@ -219,7 +224,8 @@ void QueryTile<Recipe>::load_queries() {
     } else {
       alignas(64) float values[kRowFloats];
       load_row(a_.q, b_, h_, n, 0, channels_, values);
-      for (int c = 0; c < channels_; ++c) queries_[row * depth_ + c] = values[c] * factor_;
+      for (int c = 0; c < channels_; c += kLanes) store(values + c, load<Floats>(values + c) * factor_);
+      memcpy(queries_ + row * depth_, values, sizeof(float) * channels_);
     }
   }
 }
@@ -256,8 +262,9 @@ void QueryTile<Recipe>::attend(int64_t tile, int row) {
   const int keys = visible(row + kRows - 1, tile);
   if (keys == 0) return;
   alignas(64) float scores[kRows][kKeyTile];  // in base 2, then probabilities as the operand of P.V
-  alignas(64) float decay[kTileRows > kLanes ? kTileRows : kLanes] = {};
-  score<kRows>(tile, row, keys, scores);
+  alignas(64) float decay[(kRows + kLanes - 1) / kLanes * kLanes] = {};
+  constexpr int kStep = kRows < kTileRows ? kRows : kTileRows;
+  for (int r = 0; r < kRows; r += kStep) score<kStep>(tile, row + r, keys, scores + r);
   const uint64_t bad = Recipe::kIntegerScores ? a_.bad_keys[kv_head_ * a_.tiles() + tile] : 0;
   if (bad) score_bad_keys(tile, row, kRows, scores);
   soften<kRows>(tile, row, scores, decay);
@@ -266,12 +273,16 @@ void QueryTile<Recipe>::attend(int64_t tile, int row) {
   const auto* values =
       reinterpret_cast<const ValueOperand*>(a_.value_tiles + (kv_head_ * a_.tiles() + tile) * a_.value_tile_bytes);
   const int depth = Recipe::kIntegerValues ? words_of(keys) : keys;
-  int column = 0;
-  for (; column + kTileVectors * kLanes <= v_stride_; column += kTileVectors * kLanes) {
-    accumulate<kRows, kTileVectors>(probabilities, values + column, depth, decay, out_ + row * v_stride_ + column);
-  }
-  for (; column < v_stride_; column += kLanes) {
-    accumulate<kRows, 1>(probabilities, values + column, depth, decay, out_ + row * v_stride_ + column);
+  for (int r = 0; r < kRows; r += kStep) {
+    const ValueOperand* p = probabilities + r * kKeyTile;
+    float* out = out_ + (row + r) * v_stride_;
+    int column = 0;
+    for (; column + kTileVectors * kLanes <= v_stride_; column += kTileVectors * kLanes) {
+      accumulate<kStep, kTileVectors>(p, values + column, depth, decay + r, out + column);
+    }
+    for (; column < v_stride_; column += kLanes) {
+      accumulate<kStep, 1>(p, values + column, depth, decay + r, out + column);
+    }
   }
 }
 
@@ -381,7 +392,9 @@ void QueryTile<Recipe>::accumulate(const ValueOperand* probabilities, const Valu
                                    const float* decay, float* out) {
   typename Sums::Vector sums[kRows][kVectors] = {};
   multiply<Sums, Recipe::kF16Sums>(probabilities, kKeyTile, values, v_stride_, depth, sums);
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       Floats sum;
       if constexpr (Recipe::kIntegerValues) {
@@ -411,9 +424,11 @@ void QueryTile<Recipe>::load_exact_query(int row, float* to) const {
 template <class Recipe>
 void QueryTile<Recipe>::finish(int row) {
   const int64_t n = begin_ + row;
-  alignas(64) float values[kRowFloats] = {};
+  alignas(64) float values[kRowFloats];
   float lse = -kInfinity;
-  if (visible_[row] > 0) {
+  if (visible_[row] == 0) {
+    memset(values, 0, sizeof(float) * v_channels_);
+  } else {
     const float sum = total(load<Floats>(sums_ + row * kLanes));
     // Errors of quantization must not take a mean of values past what they can be.
     const float largest = largest_finite(a_.v_mean ? DType::kF32 : a_.v.dtype);
@@ -424,7 +439,7 @@ void QueryTile<Recipe>::finish(int row) {
       const Floats not_above = mean > largest ? broadcast(largest) : mean;  // NaN stays
       store(values + c, not_above < -largest ? broadcast(-largest) : not_above);
     }
-    for (int64_t tile = 0; tile * kKeyTile < visible_[row]; ++tile) {
+    for (int64_t tile = 0; any_bad_values_ && tile * kKeyTile < visible_[row]; ++tile) {
       const uint64_t bad = a_.bad_values[kv_head_ * a_.tiles() + tile];
       for (int key = 0; bad && key < visible(row, tile); ++key) {
         if (!(bad >> key & 1)) continue;

@@ -68,12 +68,10 @@ void pack_keys(const Attention& a, int64_t task) {
   const int channels = int(a.k.channels());
   alignas(64) float rows[kKeyTile * kMaxChannels + kLanes];
   uint32_t* to = reinterpret_cast<uint32_t*>(a.key_tiles + task * a.key_tile_bytes);
-  memset(rows, 0, sizeof rows);
+  if (tile.keys < kKeyTile) memset(rows, 0, sizeof rows);
   if (a.kernel == Kernel::kFlash) {
-    alignas(64) float values[kRowFloats];
-    for (int key = 0; key < tile.keys; ++key) {
-      load_row(a.k, tile.b, tile.h, tile.begin + key, 0, channels, values);
-      memcpy(rows + key * channels, values, channels * 4);
+    for (int key = 0; key < tile.keys; ++key) {  // each row overwrites the zeros past the end of the one before
+      load_row(a.k, tile.b, tile.h, tile.begin + key, 0, channels, rows + key * channels);
     }
     return transpose_keys(reinterpret_cast<uint32_t*>(rows), channels, to);
   }
@@ -92,7 +90,7 @@ void pack_keys(const Attention& a, int64_t task) {
   a.bad_keys[task] = bad;
   transpose_keys(reinterpret_cast<uint32_t*>(rows), words, to);
   if (a.q_mean) {
-    memset(rows, 0, sizeof rows);
+    if (tile.keys < kKeyTile) memset(rows, 0, sizeof rows);
     pack_exact_keys(a, tile, rows);
     transpose_keys(reinterpret_cast<uint32_t*>(rows), channels,
                    reinterpret_cast<uint32_t*>(a.exact_keys + task * channels * kKeyTile));
@@ -158,14 +156,14 @@ inline void pack_value_numbers(const Attention& a, const KeyTile& tile, uint64_t
   const bool to_f16 = a.kernel == Kernel::kSage1;
   const View no_mean;
   CenteredRows rows(a.values, a.center_values ? a.v_mean : no_mean, a.v.tokens(), tile.head, 0, channels);
-  alignas(64) float inverse_scales[kRowFloats], values[kRowFloats];
+  alignas(64) float inverse_scales[kRowFloats], values[kRowFloats] = {};
   for (int c = 0; c < kRowFloats; ++c) {
     const bool scaled = to_f16 && a.v_scales && c < channels;
     inverse_scales[c] = scaled ? 1.0f / *at<float>(a.v_scales, tile.b, tile.h, 0, c) : 1.0f;
   }
   Ints peaks = {};
   float* to = reinterpret_cast<float*>(a.value_tiles + tile.index * a.value_tile_bytes);
-  memset(to, 0, a.value_tile_bytes);
+  memset(to + tile.keys * stride, 0, sizeof(float) * (kKeyTile - tile.keys) * stride);
   for (int key = 0; key < tile.keys; ++key, to += stride) {
     if (codes) {
       load_code_values(a.values, tile.b, tile.h, tile.begin + key, 0, channels, values);
@@ -173,16 +171,15 @@ inline void pack_value_numbers(const Attention& a, const KeyTile& tile, uint64_t
       rows.load_centered(tile.begin + key, values);
     }
     Ints not_finite = {};
-    for (int c = 0; c < channels; c += kLanes) {
+    for (int c = 0; c < stride; c += kLanes) {
       Floats x = load<Floats>(values + c);
       const Ints finite = (Ints)(((Words)x & 0x7f800000u) != 0x7f800000u);
       not_finite |= ~finite;
       x = (Floats)((Ints)x & finite);
       peaks = max(peaks, finite_magnitude(x));
       if (to_f16) x = round_to_f16(x * load<Floats>(inverse_scales + c));
-      store(values + c, x);
+      store(to + c, x);
     }
-    memcpy(to, values, channels * 4);
     int any = 0;
     for (int i = 0; i < kLanes; ++i) any |= not_finite[i];
     bad |= uint64_t(any != 0) << key;

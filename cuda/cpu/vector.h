@@ -186,9 +186,9 @@ SAGE_INLINE Floats e4m3_values(Words codes) {
 // 2^x for x <= 127 within 1.5 units in the last place; 0 below -126.5. NaN stays NaN.
 SAGE_INLINE Floats exp2(Floats x) {
   x = max(broadcast(-127.0f), x);
-  const Floats shifted = x + 0x1.8p23f;        // the nearest integer, in the low bits
-  const Floats f = x - (shifted - 0x1.8p23f);  // in [-1/2, 1/2]
-  const Floats power = (Floats)(((Words)shifted << 23) + 0x3f800000u);
+  const Floats shifted = x + 0x1.8000fep23f;        // the nearest integer, as an exponent in the low bits
+  const Floats f = x - (shifted - 0x1.8000fep23f);  // in [-1/2, 1/2]
+  const Floats power = (Floats)((Words)shifted << 23);
   Floats q = fma(broadcast(0x1.41fbbcp-13f), f, broadcast(0x1.5f3e54p-10f));
   q = fma(q, f, broadcast(0x1.3b2d4cp-7f));
   q = fma(q, f, broadcast(0x1.c6aee8p-5f));
