@@ -192,14 +192,16 @@ await runTask(async () => {
     const { rows: _, accuracy: __, ...rest } = results;
     console.log(JSON.stringify(rest, rounded, 2));
   } else {
-    // What was measured is kept, whatever happens to the tests.
-    const write = () => Deno.writeTextFile(target, JSON.stringify(results, rounded, 1) + "\n");
+    // What was measured is kept, whatever happens to the tests; they still see the record before.
+    const part = `${target}.part`;
+    const write = () => Deno.writeTextFile(part, JSON.stringify(results, rounded, 1) + "\n");
     await Deno.mkdir(join(root, "bench/results"), { recursive: true });
     await write();
     const { filter } = options;
     const counts = await runSuite(root, [...filter ? ["--filter", filter] : [], "tests/"]);
     results.tests = { ...counts, ...filter ? { filter } : {} };
     await write();
+    await Deno.rename(part, target);
     console.log(`written to ${target}; deno task report draws it`);
     console.log(closingLine(counts));
     if (counts.failed) Deno.exitCode = 1;
