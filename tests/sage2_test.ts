@@ -17,22 +17,24 @@ import {
   toFloat32,
   UnsupportedError,
 } from "../mod.ts";
-import { download, type Lengths, poisoned, randomProblem, uploadProblem } from "./devices.ts";
 import {
-  count,
-  type Dims,
-  normal,
-  type Problem,
-  referenceAttention,
-  uniform,
-} from "./reference.ts";
+  bits,
+  dtypes,
+  type FloatProblem,
+  lseRoom,
+  nameOf,
+  type Tensors,
+  type Values,
+  within,
+  worstDifference,
+  worstRow,
+} from "./attention.ts";
+import { download, type Lengths, poisoned, randomProblem, uploadProblem } from "./devices.ts";
+import { count, type Dims, normal, referenceAttention, uniform } from "./reference.ts";
 
 type Exponential = "exact" | "fast";
-type Values = Float32Array<ArrayBuffer>;
-type FloatProblem = Problem & { q: Float32Array; k: Float32Array; v: Float32Array };
 
 const exponentials: readonly Exponential[] = ["exact", "fast"];
-const dtypes: readonly FloatDType[] = ["f32", "f16", "bf16"];
 
 /** Whether a device is there and has kernel sage2. */
 function hasKernel(name: "cpu" | "cuda:0"): boolean {
@@ -66,57 +68,15 @@ function kernelTest(name: string, body: (device: Device) => Promise<void>): void
   }
 }
 
-/** Bits, so that NaN equals NaN and 0 does not equal -0. */
-function bits(values: Values): Uint32Array {
-  return new Uint32Array(values.map((value) => Number.isNaN(value) ? NaN : value).buffer);
-}
-
-/** Fails where `value` is above `bound`, or is NaN. */
-function within(value: number, bound: number, what: string): void {
-  assert(value <= bound, `${what}: ${value} is above ${bound}`);
-}
-
-/** The largest difference; infinities must be equal. */
-function worstDifference(actual: ArrayLike<number>, reference: ArrayLike<number>): number {
-  assertEquals(actual.length, reference.length);
-  let worst = 0;
-  for (let i = 0; i < actual.length; ++i) {
-    if (actual[i] === reference[i]) continue;
-    const difference = Math.abs(actual[i] - reference[i]);
-    if (!(difference <= worst)) worst = difference;
-    if (Number.isNaN(worst)) return worst;
-  }
-  return worst;
-}
-
-/** The largest relative L1 distance of a row. */
-function worstRow(actual: ArrayLike<number>, reference: ArrayLike<number>, width: number): number {
-  let worst = 0;
-  for (let start = 0; start < reference.length; start += width) {
-    let distance = 0, sum = 0;
-    for (let i = start; i < start + width; ++i) {
-      distance += Math.abs(actual[i] - reference[i]);
-      sum += Math.abs(reference[i]);
-    }
-    if (!(distance <= worst * sum)) worst = distance / sum;
-    if (Number.isNaN(worst)) return worst;
-  }
-  return worst;
-}
-
 // Recorded over random shapes, and a third more. `all` and `row` are relative L1, `lse` is a difference.
 const bounds: Record<Exponential, { all: number; row: number; lse: number }> = {
   exact: { all: 0.049, row: 0.11, lse: 0.031 },
   fast: { all: 0.054, row: 0.11, lse: 0.04 },
 };
 
-/**
- * On CUDA a maximum is kept until a score exceeds it by 4 (base 2): the largest P of a row is rounded to FP8 too, and
- * with few keys that shows in the log-sum-exp.
- */
 function boundsOf(device: Device, exponential: Exponential): typeof bounds.exact {
   const bound = bounds[exponential];
-  return device.kind === "cuda" ? { ...bound, lse: 1.5 * bound.lse } : bound;
+  return { ...bound, lse: lseRoom(device, "sage2") * bound.lse };
 }
 
 /** Compares with float64: all of it, every row, and the angle; few numbers by their largest difference. */
@@ -135,8 +95,6 @@ function compare(
   within(1 - cosine(actual.out, reference.out), bound.all ** 2, `1 - cosine of ${what}`);
   if (width >= 16) within(worstRow(actual.out, reference.out, width), bound.row, `row of ${what}`);
 }
-
-type Tensors = { q: Tensor<FloatDType>; k: Tensor<FloatDType>; v: Tensor<FloatDType> };
 
 /** Runs the kernel on poisoned memory and returns what it wrote. */
 async function run(
@@ -160,11 +118,6 @@ async function solve(
 ): Promise<{ out: Values; lse: Values }> {
   using tensors = uploadProblem(device, problem, dtype);
   return await run(tensors, options);
-}
-
-function nameOf({ batch = 1, heads = 1, kvHeads = heads, queries, ...rest }: Lengths): string {
-  const { keys = queries, channels, width = channels } = rest;
-  return `B${batch} H${heads}/${kvHeads} N${queries}/${keys} D${channels}/${width}`;
 }
 
 // ---- options ------------------------------------------------------------------------------------------
