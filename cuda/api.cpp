@@ -271,6 +271,18 @@ float resolve_scale(const sage_attention_options& options, const View& q) {
   return options.scale == 0 ? 1.0f / std::sqrt(float(q.channels())) : options.scale;
 }
 
+Masking resolve_masking(const sage_attention_options& options, const View& q, const View& k) {
+  Masking masking;
+  masking.offset = options.alignment == SAGE_ALIGN_TOP_LEFT ? 0 : k.tokens() - q.tokens();
+  if (options.windowed) {
+    masking.before = options.window_before;
+    masking.after = options.window_after;
+  }
+  if (options.causal) masking.after = 0;
+  masking.softcap = options.softcap;
+  return masking;
+}
+
 AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& traits, Tensors& tensors) {
   check_zero(kAttention, "call->reserved", call.reserved);
   check_options(call.options);
@@ -283,7 +295,8 @@ AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& 
   tensors.expect_same_dtype("k", op.k, "q", op.q);
   tensors.expect_same_dtype("v", op.v, "q", op.q);
   check_shapes(tensors, op.q, op.k, op.v, op.o, op.lse);
-  op.causal = call.options.causal != 0;
+  op.masking = resolve_masking(call.options, op.q, op.k);
+  op.causal = op.masking.after == 0;
   op.plan = plan_attention(shape_of(op.q, op.k, op.v, op.o, op.causal), call.options, traits);
   op.scale = resolve_scale(call.options, op.q);
   return op;
@@ -367,8 +380,6 @@ int32_t range_option(const Plan& plan) {
   return plan.p_range == 448.0f ? SAGE_RANGE_448_2 : plan.p_range == 224.0f ? SAGE_RANGE_224_4 : SAGE_RANGE_112_9;
 }
 
-constexpr size_t kFirstPlanSize = offsetof(sage_plan, exponential);
-
 sage_plan show(const Plan& plan) {
   const auto shown = [](bool on) { return on ? SAGE_ON : SAGE_OFF; };
   sage_plan out{};
@@ -388,18 +399,22 @@ sage_plan show(const Plan& plan) {
   copy_text(out.implementation, plan.implementation);
   copy_text(out.reason, plan.reason);
   out.exponential = plan.fast_exponential ? SAGE_EXPONENTIAL_FAST : SAGE_EXPONENTIAL_EXACT;
+  out.rotate = shown(plan.rotate);
+  out.band = shown(plan.band);
+  out.first_token = shown(plan.first_token);
+  out.k_mean_rows = uint32_t(plan.k_mean_rows);
   return out;
 }
 
 void explain(const sage_attention_call* from, sage_plan* plan) {
   constexpr const char* kAction = "explain attention";
   const auto call = read_struct(kAction, "call", from);
-  check_struct(kAction, "plan", plan, kFirstPlanSize, sizeof *plan, false);
+  check_struct(kAction, "plan", plan, sizeof *plan, sizeof *plan, false);
   const auto stream = Registry::shared().stream(call.stream);
   Tensors tensors(kAttention, stream->device);
   const AttentionOp op = read_attention(call, stream->traits, tensors);
   tensors.pin(*stream, Tensors::Absent::kAllowed);
-  write_struct(kAction, "plan", plan, show(op.plan), kFirstPlanSize);
+  write_struct(kAction, "plan", plan, show(op.plan));
 }
 
 }  // namespace
@@ -654,6 +669,11 @@ sage_status sage_attention_quantized(const sage_attention_quantized_call* call, 
 
 sage_status sage_flash_attention(const sage_attention_call* call, char* error, size_t error_size) {
   return guarded(error, error_size, [&] { attention(call, true); });
+}
+
+sage_status sage_attention_varlen(const sage_attention_call*, const int64_t*, const int64_t*, uint64_t, char* error,
+                                  size_t error_size) {
+  return guarded(error, error_size, [&] { SAGE_FAIL(SAGE_UNSUPPORTED, "Cannot run attention of many sequences yet"); });
 }
 
 sage_status sage_explain(const sage_attention_call* call, sage_plan* plan, char* error, size_t error_size) {

@@ -27,7 +27,7 @@ struct Error {
 
 // ---- tensors --------------------------------------------------------------------------------------------
 
-enum class DType : int32_t { kF32, kF16, kBF16, kI8, kI4, kE4M3 };  // the values of sage.h
+enum class DType : int32_t { kF32, kF16, kBF16, kI8, kI4, kE4M3, kBool };  // the values of sage.h
 
 inline int bits_per_element(DType dtype) {
   switch (dtype) {
@@ -69,7 +69,29 @@ struct QuantizeOp {  // and its inverse
   float range;         // largest code magnitude
 };
 
-enum class Kernel : int32_t { kAuto, kFlash, kSage1, kSage1Int8, kSage2, kSage2Int4, kSage2PP };  // as in sage.h
+enum class Kernel : int32_t {  // as in sage.h
+  kAuto,
+  kFlash,
+  kSage1,
+  kSage1Int8,
+  kSage2,
+  kSage2Int4,
+  kSage2PP,
+  kSageInt8
+};
+
+constexpr int64_t kUnlimited = -1;
+
+// Which keys a query sees, and what becomes of its scores before softmax: capped, then added to.
+struct Masking {
+  int64_t offset = 0;           // of the diagonal: query i stands at key i + offset
+  int64_t before = kUnlimited;  // how many keys before the diagonal it sees
+  int64_t after = kUnlimited;   // and after it; 0: causal
+  float softcap = 0;            // 0: none
+  View mask;                    // absent, bool (true: visible) or floats (added): [B or 1, Hq or 1, Nq or 1, Nk]
+  View sinks;                   // absent, or f32 [1, Hq, 1, 1]: logits of the denominator alone
+  View alibi;                   // absent, or f32 [B or 1, Hq, 1, 1]: slope * -|i + offset - j| is added
+};
 
 // Everything decided about one attention call; made by plan.cpp, shown by sage_explain.
 struct Plan {
@@ -81,6 +103,10 @@ struct Plan {
   bool smooth_q, smooth_k, smooth_v;
   bool f16_accumulator;    // sage1: P.V sums of one key tile in f16
   bool fast_exponential;   // sage2: codes of P by an integer multiplication
+  bool rotate;             // Q and K by a Hadamard matrix before they are quantized
+  bool band;               // causal: the first key tile and those on the diagonal as flash computes them
+  bool first_token;        // the first key as flash computes it
+  int64_t k_mean_rows;     // that share one row of k_mean; never 0
   float p_range, v_range;  // largest code of P and V; 448 unless sage2++
   int block_q, block_k;
   int padded_head_dim;
@@ -90,7 +116,8 @@ struct Plan {
 
 struct AttentionOp {
   View q, k, v, o, lse;  // lse may be absent
-  bool causal;
+  Masking masking;
+  bool causal;  // masking.after == 0
   float scale;  // resolved, > 0
   Plan plan;
 };

@@ -10,7 +10,7 @@
 namespace sage {
 
 const char* kernel_name(Kernel kernel) {
-  static const char* const names[] = {"auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++"};
+  static const char* const names[] = {"auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++", "sage-int8"};
   return names[int(kernel)];
 }
 
@@ -111,6 +111,7 @@ Plan plan_attention(const AttentionShape& shape, const sage_attention_options& o
   plan.smooth_q = on(options.smooth_q, plan.kernel == Kernel::kSage2Int4);
   plan.smooth_k = on(options.smooth_k, quantized);
   plan.smooth_v = on(options.smooth_v, false);
+  plan.k_mean_rows = shape.k_tokens;
   set_product(plan, options, shape, device);
   device.cpu ? plan_cpu(shape, device, plan) : plan_cuda(shape, device, plan);
   return plan;

@@ -27,7 +27,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a function below changes in a way an older caller would misread. */
-#define SAGE_ABI_VERSION 1u
+#define SAGE_ABI_VERSION 2u
 
 typedef int32_t sage_status;
 enum {
@@ -48,9 +48,10 @@ enum {
   SAGE_F32 = 0,
   SAGE_F16 = 1,
   SAGE_BF16 = 2,
-  SAGE_I8 = 3,  /* codes in [-127, 127]; -128 marks a value that was not finite */
-  SAGE_I4 = 4,  /* codes in [-7, 7], channel 2i in the low half of byte i; -8 marks a value that was not finite */
-  SAGE_E4M3 = 5 /* FP8 e4m3fn codes; 0x7f and 0xff are NaN */
+  SAGE_I8 = 3,   /* codes in [-127, 127]; -128 marks a value that was not finite */
+  SAGE_I4 = 4,   /* codes in [-7, 7], channel 2i in the low half of byte i; -8 marks a value that was not finite */
+  SAGE_E4M3 = 5, /* FP8 e4m3fn codes; 0x7f and 0xff are NaN */
+  SAGE_BOOL = 6  /* one byte: 0, or anything else for true */
 };
 
 /* A strided tensor [batch, heads, tokens, channels]. Strides count elements and may be anything that keeps
@@ -72,7 +73,8 @@ enum {
   SAGE_KERNEL_SAGE1_INT8 = 3, /* INT8 Q.K, INT8 P.V */
   SAGE_KERNEL_SAGE2 = 4,      /* INT8 Q.K, FP8 P.V */
   SAGE_KERNEL_SAGE2_INT4 = 5, /* INT4 Q.K, FP8 P.V */
-  SAGE_KERNEL_SAGE2PP = 6     /* INT8 Q.K, FP8 P.V accumulated in FP16 */
+  SAGE_KERNEL_SAGE2PP = 6,    /* INT8 Q.K, FP8 P.V accumulated in FP16 */
+  SAGE_KERNEL_SAGE_INT8 = 7   /* INT8 Q.K, P in unsigned INT8 scaled by row and key tile, V in INT8 */
 };
 
 /* Granularity: which values share one scale. */
@@ -97,6 +99,12 @@ enum { SAGE_OPERAND_QUERY = 0, SAGE_OPERAND_KEY = 1, SAGE_OPERAND_VALUE = 2 };
 
 /* What SageAttention2++ narrows P and V to, so that FP16 can hold the sums: (largest P, largest V). */
 enum { SAGE_RANGE_DEFAULT = 0, SAGE_RANGE_448_2 = 1, SAGE_RANGE_224_4 = 2, SAGE_RANGE_112_9 = 3 };
+
+/* Where the diagonal lies, that causal masks, windows and ALiBi count from: query i stands at key i + offset. */
+enum {
+  SAGE_ALIGN_BOTTOM_RIGHT = 0, /* offset = Nk - Nq: the last query stands at the last key */
+  SAGE_ALIGN_TOP_LEFT = 1      /* offset = 0 */
+};
 
 typedef struct sage_build_info {
   uint32_t size; /* in: sizeof(sage_build_info) */
@@ -156,7 +164,7 @@ typedef struct sage_quantize_call {
 
 typedef struct sage_attention_options {
   int32_t kernel;
-  int32_t causal;      /* 0 or 1; query i sees keys j <= i + (Nk - Nq), aligned to the bottom right */
+  int32_t causal;      /* 0 or 1; query i sees keys j <= i + offset */
   float scale;         /* softmax scale, positive; 0: 1/sqrt(D) */
   int32_t granularity; /* of Q and K */
   int32_t smooth_q;    /* subtract the mean of every 128 query rows, with its exact correction */
@@ -165,6 +173,16 @@ typedef struct sage_attention_options {
   int32_t pv_accumulator; /* sage1 */
   int32_t pv_range;       /* sage2++ */
   int32_t exponential;    /* FAST: sage2 */
+  int32_t alignment;
+  int32_t windowed;      /* 0 or 1; query i sees keys i + offset - window_before <= j <= i + offset + window_after */
+  int64_t window_before; /* -1: no limit */
+  int64_t window_after;
+  float softcap;        /* 0: none; scores become softcap * tanh(score / softcap) before anything is added to them */
+  int32_t rotate;       /* Q and K by a Hadamard matrix with random signs before they are quantized; exact */
+  int32_t band;         /* causal: the first key tile and those on the diagonal as kernel FLASH computes them */
+  int32_t first_token;  /* the first key as kernel FLASH computes it */
+  uint32_t k_mean_rows; /* keys that share a mean where smooth_k; 0: all */
+  int32_t reserved;
 } sage_attention_options;
 
 /* sage_attention, sage_flash_attention, sage_explain. Shapes: q [B, Hq, Nq, D], k [B, Hkv, Nk, D],
@@ -176,8 +194,11 @@ typedef struct sage_attention_call {
   uint64_t stream;
   sage_attention_options options;
   sage_tensor q, k, v;
-  sage_tensor o;   /* written */
-  sage_tensor lse; /* optional, written: natural logarithm of the softmax denominator; -inf for a fully masked row */
+  sage_tensor o;     /* written */
+  sage_tensor lse;   /* optional, written: natural logarithm of the softmax denominator; -inf for a fully masked row */
+  sage_tensor mask;  /* optional: [B or 1, Hq or 1, Nq or 1, Nk], bool (true: visible) or f32, f16, bf16 (added) */
+  sage_tensor sinks; /* optional: f32 [1, Hq, 1, 1]: logits that count in the softmax denominator alone */
+  sage_tensor alibi; /* optional: f32 [B or 1, Hq, 1, 1]: slope * -|i + offset - j| is added to the scores */
 } sage_attention_call;
 
 /* Attention on what sage_quantize made. options.granularity is that of Q and K; smoothing switches must be
@@ -209,9 +230,11 @@ typedef struct sage_plan {
   int32_t block_q, block_k; /* query rows and keys of a tile */
   int32_t padded_head_dim;
   uint64_t workspace_bytes;
-  char implementation[64]; /* "cpu avx512", "sm_80 mma" */
-  char reason[256];        /* why this kernel, one sentence */
-  int32_t exponential;     /* SAGE_EXPONENTIAL_EXACT or FAST; left out where size ends before it */
+  char implementation[64];           /* "cpu avx512", "sm_80 mma" */
+  char reason[256];                  /* why this kernel, one sentence */
+  int32_t exponential;               /* SAGE_EXPONENTIAL_EXACT or FAST */
+  int32_t rotate, band, first_token; /* SAGE_OFF or SAGE_ON */
+  uint32_t k_mean_rows;
   int32_t reserved;
 } sage_plan;
 
@@ -275,6 +298,12 @@ SAGE_API sage_status sage_dequantize(const sage_quantize_call *call, char *error
 SAGE_API sage_status sage_attention(const sage_attention_call *call, char *error, size_t error_size);
 SAGE_API sage_status sage_attention_quantized(const sage_attention_quantized_call *call, char *error,
                                               size_t error_size);
+/* Sequences of different lengths, one after the other in the tokens of q and k: batch 1, queries q_starts[s] to
+ * q_starts[s + 1] - 1 see keys k_starts[s] to k_starts[s + 1] - 1, each sequence with means, scales and a diagonal of
+ * its own. Both arrays hold sequences + 1 rising numbers, from 0 to all tokens, and are read before the call returns.
+ */
+SAGE_API sage_status sage_attention_varlen(const sage_attention_call *call, const int64_t *q_starts,
+                                           const int64_t *k_starts, uint64_t sequences, char *error, size_t error_size);
 /* sage_attention with kernel FLASH; any other kernel named in the options is refused. */
 SAGE_API sage_status sage_flash_attention(const sage_attention_call *call, char *error, size_t error_size);
 SAGE_API sage_status sage_explain(const sage_attention_call *call, sage_plan *plan, char *error, size_t error_size);

@@ -68,6 +68,11 @@ void check_options(const sage_attention_options& options) {
                "be default (0), 448/2.25 (1), 224/4.5 (2) or 112/9 (3)");
   check_option("exponential", options.exponential, SAGE_EXPONENTIAL_DEFAULT, SAGE_EXPONENTIAL_FAST,
                "be default (0), exact (1) or fast (2)");
+  check_option("alignment", options.alignment, 0, 0, "be 0");
+  check_option("windowed", options.windowed, 0, 0, "be 0");
+  check_option("rotate", options.rotate, 0, 0, "be 0");
+  check_option("band", options.band, 0, 0, "be 0");
+  check_option("first_token", options.first_token, 0, 0, "be 0");
   if (!std::isfinite(options.scale) || options.scale < 0) {
     SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.scale", "be positive and finite, or 0 for 1/sqrt(D)",
                                             std::to_string(options.scale)));

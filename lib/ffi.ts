@@ -113,7 +113,7 @@ function dlopen<S extends Deno.ForeignLibraryInterface>(
 // ---- constants ----------------------------------------------------------------------------------------
 
 /** SAGE_ABI_VERSION */
-export const abiVersion = 1;
+export const abiVersion = 2;
 
 /** The device number of the CPU. */
 export const cpuDevice = -1;
@@ -253,40 +253,52 @@ export const optionsStruct = {
   pvAccumulator: 28,
   pvRange: 32,
   exponential: 36,
-  size: 40,
+  alignment: 40,
+  windowed: 44,
+  windowBefore: 48,
+  windowAfter: 56,
+  softcap: 64,
+  rotate: 68,
+  band: 72,
+  firstToken: 76,
+  kMeanRows: 80,
+  size: 88,
 } as const;
 
 /** sage_attention_call */
 export const attentionStruct = {
   stream: 8,
   options: 16,
-  q: 56,
-  k: 136,
-  v: 216,
-  o: 296,
-  lse: 376,
-  size: 456,
+  q: 104,
+  k: 184,
+  v: 264,
+  o: 344,
+  lse: 424,
+  mask: 504,
+  sinks: 584,
+  alibi: 664,
+  size: 744,
 } as const;
 
 /** sage_attention_quantized_call */
 export const attentionQuantizedStruct = {
   stream: 8,
   options: 16,
-  qGroupRows: 56,
-  kGroupRows: 60,
-  qMeanRows: 64,
-  q: 72,
-  qScales: 152,
-  qMean: 232,
-  k: 312,
-  kScales: 392,
-  kMean: 472,
-  v: 552,
-  vScales: 632,
-  vMean: 712,
-  o: 792,
-  lse: 872,
-  size: 952,
+  qGroupRows: 104,
+  kGroupRows: 108,
+  qMeanRows: 112,
+  q: 120,
+  qScales: 200,
+  qMean: 280,
+  k: 360,
+  kScales: 440,
+  kMean: 520,
+  v: 600,
+  vScales: 680,
+  vMean: 760,
+  o: 840,
+  lse: 920,
+  size: 1000,
 } as const;
 
 /** sage_plan */
@@ -306,7 +318,11 @@ export const planStruct = {
   implementation: 56,
   reason: 120,
   exponential: 376,
-  size: 384,
+  rotate: 380,
+  band: 384,
+  firstToken: 388,
+  kMeanRows: 392,
+  size: 400,
 } as const;
 
 /** sage_stage */

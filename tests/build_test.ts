@@ -14,7 +14,7 @@ const gpus = await findGpus();
 const sources: Record<string, string> = {
   "mod.ts": "export const answer: number = 42;\n",
   "cuda/sage.h":
-    '#define SAGE_ABI_VERSION 1u\n#define SAGE_API __attribute__((visibility("default")))\n',
+    '#define SAGE_ABI_VERSION 2u\n#define SAGE_API __attribute__((visibility("default")))\n',
   "cuda/exports.map": "{ global: sage_*; local: *; };\n",
   "cuda/cpu/six.h": "int times_six(int);\n",
   // std::deque is declared with default visibility, and must stay inside nevertheless.

@@ -480,6 +480,7 @@ void attend(const Attention& a, int64_t task, int worker) {
       return a.fast_exponential ? attend_with<Sage2Fast>(a, task, worker) : attend_with<Sage2>(a, task, worker);
     case Kernel::kSage2Int4: return attend_with<Sage2>(a, task, worker);
     case Kernel::kSage2PP: return attend_with<Sage2PP>(a, task, worker);
+    case Kernel::kSageInt8: return;
   }
 }
 

@@ -27,6 +27,7 @@ inline float element(const View& x, int64_t b, int64_t h, int64_t n, int64_t c) 
     case DType::kBF16: return bf16_to_f32(*at<uint16_t>(x, b, h, n, c));
     case DType::kI8: return int8_value(*at<int8_t>(x, b, h, n, c));
     case DType::kE4M3: return e4m3_to_f32(*at<uint8_t>(x, b, h, n, c));
+    case DType::kBool: return *at<uint8_t>(x, b, h, n, c) != 0 ? 1.0f : 0.0f;
     case DType::kI4: {
       const int64_t offset = offset_of(x, b, h, n, 0) + c;
       return int4_value(unpack_int4(static_cast<const uint8_t*>(x.data)[offset / 2], int(c)));
