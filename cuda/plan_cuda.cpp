@@ -35,7 +35,7 @@ void set_hopper_tiles(const AttentionShape& shape, Plan& plan) {
   if (plan.smooth_q) {
     refuse("options.smooth_q", "off (1) for sage2 on a CUDA device, or the kernel flash or sage1", "on (2)");
   }
-  const cuda::sm90::Sage2Tiles tiles = cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential);
+  const cuda::sm90::Sage2Tiles tiles = cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.band);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = cuda::sm90::kBlockM;

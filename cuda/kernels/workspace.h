@@ -128,7 +128,7 @@ struct Sage2Workspace {
   size_t bytes;
 
   Sage2Workspace(const AttentionShape& shape, const Plan& plan) {
-    const sm90::Sage2Tiles tile = sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential);
+    const sm90::Sage2Tiles tile = sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.band);
     const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
     const int64_t blocks = q_planes * ((shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM);
     const int64_t tiles = k_planes * ((shape.k_tokens + tile.block_n - 1) / tile.block_n);

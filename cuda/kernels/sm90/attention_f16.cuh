@@ -21,6 +21,7 @@
 #include "../ptx/mma.cuh"
 #include "../ptx/tensor.cuh"
 #include "../ptx/wgmma.cuh"
+#include "tensor_map.h"
 
 namespace sage::cuda::sm90 {
 
@@ -999,9 +1000,6 @@ void prepare(int ordinal) {
       cudaFuncSetAttribute(attention_f16_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
   prepared.fetch_or(bit, std::memory_order_release);
 }
-
-// A tensor map of boxes of `rows` tokens, `width` bytes of channels wide.
-CUtensorMap make_tensor_map(const View& view, int rows, int width);
 
 struct Operands {
   View q, k, v;

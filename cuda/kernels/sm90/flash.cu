@@ -1,6 +1,4 @@
-// From checked operations to the sm_90a kernels with 16-bit P.V: what they can run, their parameters and tensor maps.
-#include <cudaTypedefs.h>
-
+// From checked operations to the sm_90a kernels with 16-bit P.V: what they can run, and their parameters.
 #include "flash.h"
 #include "flash_launch.h"
 
@@ -19,19 +17,6 @@ bool suits_kernel(const View& q, const View& k, const View& v, const Plan& plan)
   constexpr int kLeastBlockM = 128;
   const int64_t items = q.batch() * q.heads() * ((q.tokens() + kLeastBlockM - 1) / kLeastBlockM);
   return plan.padded_head_dim <= 256 && items < int64_t{1} << 30 && has_boxes(q) && has_boxes(k) && has_boxes(v);
-}
-
-PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* address = nullptr;
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    SAGE_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found));
-    if (found != cudaDriverEntryPointSuccess) {
-      SAGE_FAIL(SAGE_DEVICE_ERROR, "Cannot run attention as the driver must have cuTensorMapEncodeTiled (CUDA 12.0).");
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(address);
-  }();
-  return encoder;
 }
 
 float largest_finite(DType dtype) {
@@ -71,31 +56,6 @@ F16Params make_params(const View& q, const View& k, const View& v, const View& o
 }
 
 }  // namespace
-
-CUtensorMap make_tensor_map(const View& view, int rows, int width) {
-  const int64_t bytes = bits_per_element(view.dtype) / 8;
-  const CUtensorMapDataType type = view.dtype == DType::kF16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                   : view.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                : CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  const CUtensorMapSwizzle swizzle = width == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : width == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                                   : CU_TENSOR_MAP_SWIZZLE_32B;
-  cuuint64_t sizes[4], strides[3];
-  for (int i = 0; i < 4; i++) {
-    sizes[i] = static_cast<cuuint64_t>(view.shape[3 - i]);
-    if (i < 3) strides[i] = static_cast<cuuint64_t>(view.shape[2 - i] > 1 ? view.stride[2 - i] * bytes : 16);
-  }
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(width / bytes), static_cast<cuuint32_t>(rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result =
-      tensor_map_encoder()(&map, type, 4, view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    SAGE_FAIL(SAGE_INTERNAL, "Cannot make a tensor map: cuTensorMapEncodeTiled gave " + std::to_string(result) + ".");
-  }
-  return map;
-}
 
 bool can_run_flash(const AttentionOp& op) {
   return op.q.dtype != DType::kF32 && suits_kernel(op.q, op.k, op.v, op.plan);

@@ -17,9 +17,9 @@ struct Sage2Tiles {
   int v_width;  // tokens of a chunk of V: its rows have as many bytes
 };
 
-constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential) {
-  if (padded_head_dim == 64) return fast_exponential ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
-  if (padded_head_dim == 128) return fast_exponential ? Sage2Tiles{128, 128} : Sage2Tiles{192, 64};
+constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential, bool band) {
+  if (padded_head_dim == 64) return fast_exponential || band ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
+  if (padded_head_dim == 128) return fast_exponential || band ? Sage2Tiles{128, 128} : Sage2Tiles{192, 64};
   return {128, 128};
 }
 
@@ -76,6 +76,7 @@ struct Sage2Op {
 // Means (in a long context: of a sample of the tokens), scales, codes, bits and flags, in one pass over Q, K and V.
 void launch_sage2_pack(const Sage2Op& op, CUstream_st* stream);
 void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream);
+void launch_band_attention(const Sage2Op& op, CUstream_st* stream);  // where plan.band
 // Rows that see something that is not finite.
 void launch_sage2_repair(const Sage2Op& op, CUstream_st* stream);
 

@@ -19,7 +19,9 @@ bool takes_vectors(const View& o) {
          multiple(2) && reinterpret_cast<uintptr_t>(o.data) % 16 == 0;
 }
 
-Sage2Params make_params(const Sage2Op& op) {
+}  // namespace
+
+Sage2Params sage2::make_params(const Sage2Op& op) {
   Sage2Params params{};
   params.packed = op.packed;
   params.o = static_cast<char*>(op.o.data);
@@ -47,13 +49,15 @@ Sage2Params make_params(const Sage2Op& op) {
   params.causal = op.causal;
   params.whole_mean = op.plan.smooth_v;
   params.largest = largest_finite(op.v.dtype);
+  params.tiles = static_cast<int>((op.k.tokens() + op.plan.block_k - 1) / op.plan.block_k);
   return params;
 }
 
+namespace {
+
 template <class C>
 void launch(const Sage2Op& op, cudaStream_t stream) {
-  Sage2Params params = make_params(op);
-  params.tiles = (params.k_tokens + C::kBlockN - 1) / C::kBlockN;
+  const Sage2Params params = make_params(op);
   int device = 0, multiprocessors = 0;
   SAGE_CUDA(cudaGetDevice(&device));
   SAGE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
@@ -74,6 +78,7 @@ void launch_for(const Sage2Op& op, cudaStream_t stream) {
 }  // namespace
 
 void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream) {
+  if (op.plan.band) return launch_band_attention(op, stream);
   switch (op.plan.padded_head_dim) {
     case 64: return launch_for<64>(op, stream);
     case 128: return launch_for<128>(op, stream);

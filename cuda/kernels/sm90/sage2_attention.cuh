@@ -54,14 +54,16 @@ struct Sage2Params {
   float largest;            // that V can hold
 };
 
-template <int kHeadDim_, bool kFast_>
+Sage2Params make_params(const Sage2Op& op);
+
+template <int kHeadDim_, bool kFast_, bool kBand_ = false>
 struct Sage2Config {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kFast = kFast_;
-  static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast);
+  static constexpr bool kFast = kFast_, kBand = kBand_;
+  static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast, kBand);
   static constexpr int kBlockN = kTiles.block_n, kVWidth = kTiles.v_width;
   static constexpr int kStages = kHeadDim == 256 ? 2 : 3;
-  static constexpr int kQueryBuffers = kHeadDim == 256 ? 1 : 2;
+  static constexpr int kQueryBuffers = kHeadDim == 256 || kBand ? 1 : 2;
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
@@ -81,12 +83,21 @@ struct Sage2Config {
 
   static constexpr int aligned(int bytes) { return (bytes + 1023) / 1024 * 1024; }
   static constexpr int kQueryBytes = kBlockM * kHeadDim, kKeyBytes = kBlockN * kHeadDim;
-  static constexpr int kKeyStage = aligned(kKeyBytes), kValueStage = aligned(kChunks * kChunkBytes);
+  // A stage takes 64 keys of 16 bits as well; their values must not touch the ones.
+  static constexpr int kBandValuesAt = kVWidth == 128 ? 0 : aligned(kChunks * kChunkBytes);
+  static constexpr int kKeyStage = aligned(kKeyBytes),
+                       kValueStage =
+                           kBand ? std::max(aligned(kChunks * kChunkBytes), kBandValuesAt + 64 * kHeadDim * 2)
+                                 : aligned(kChunks * kChunkBytes);
   static constexpr int kItemsAt = 256, kOnesAt = 512, kRowsAt = 1024, kQueryAt = 2048,
                        kKeyAt = kQueryAt + kQueryBuffers * kQueryBytes;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyStage, kTotalAt = kValueAt + kStages * kValueStage;
-  static constexpr int kTotalBytes = kHeadDim == 256 || (kHeadDim == 128 && !kFast) ? 2 : 4;  // a number of the total
-  static constexpr int kSharedBytes = kTotalAt + kBlockM * kHeadDim * kTotalBytes;
+  // A number of the total.
+  static constexpr int kTotalBytes = kHeadDim == 256 || (kHeadDim == 128 && !kFast && !kBand) ? 2 : 4;
+  // With the band, queries of 16 bits and the row sums of the band lie behind it.
+  static constexpr int kBandQueryAt = kTotalAt + kBlockM * kHeadDim * kTotalBytes;
+  static constexpr int kBandRowsAt = kBandQueryAt + kBlockM * kHeadDim * 2;
+  static constexpr int kSharedBytes = kBand ? kBandRowsAt + kBlockM * 8 : kBandQueryAt;
   static constexpr int kScores = kBlockN / 2, kOutputs = kValueWidth / 2, kWeights = kBlockN / 8;  // registers
   static_assert(kSharedBytes <= 232448 && kBlockN % 32 == 0 && kBlockN % kVWidth == 0);
 };
@@ -361,7 +372,7 @@ __device__ __forceinline__ bool softmax_any(const Sage2Params& p, const int (&s)
 #pragma unroll
       for (int r = 0; r < 4; r++) {
         const int i = word32 * 16 + n * 4 + r, column = word32 * 32 + n * 8 + (r & 1);
-        const bool masked = column > limit[r >> 1] || (bad >> (n * 8 + (r & 1)) & 1) != 0;
+        const bool masked = s[i] == kMasked || column > limit[r >> 1] || (bad >> (n * 8 + (r & 1)) & 1) != 0;
         x[i] = masked ? -INFINITY : static_cast<float>(s[i]) * factor;
         largest[r >> 1] = fmaxf(largest[r >> 1], x[i]);
       }
@@ -933,17 +944,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constant__ Sage2Params p) {
-  extern __shared__ __align__(1024) uint8_t shared[];
-  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const Rings<C> rings(shared, base);
-  if (threadIdx.x == 0) {
-    rings.keys.create();
-    rings.values.create();
-    rings.queries.create();
-    ptx::barrier_init_fence();
-  }
+__device__ __forceinline__ void write_ones(uint8_t* shared) {
   constexpr uint32_t kOnes = 0x38383838u;  // 1.0 in e4m3
   if constexpr (C::kOnesInV) {
     constexpr int kWords = 8 * C::kVWidth / 4;
@@ -955,6 +956,21 @@ __global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constan
     for (int i = threadIdx.x; i < 64; i += kThreads) reinterpret_cast<uint32_t*>(shared + C::kOnesAt)[i] = kOnes;
   }
   ptx::async_proxy_fence();
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constant__ Sage2Params p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const Rings<C> rings(shared, base);
+  if (threadIdx.x == 0) {
+    rings.keys.create();
+    rings.values.create();
+    rings.queries.create();
+    ptx::barrier_init_fence();
+  }
+  write_ones<C>(shared);
   __syncthreads();
   ptx::wait_for_previous_kernel();
 

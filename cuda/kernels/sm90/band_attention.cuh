@@ -1,0 +1,656 @@
+// sage2 with the precision band on sm_90a: a causal item's first keys and those about its diagonal go through 16-bit
+// products, from the raw tensors, and all others through those of sage2_attention.cuh, in one softmax.
+//
+// Tiles of the band have 64 keys, and as many bytes as INT8 and FP8 tiles of 128: they come first, through the same
+// rings. Their sums, in V's own units, then become the f32 total in units of V's codes, to which the others are added.
+#pragma once
+
+#include "../ptx/tensor.cuh"
+#include "sage2_attention.cuh"
+#include "tensor_map.h"
+
+namespace sage::cuda::sm90::band {
+
+using namespace sage2;
+
+constexpr int kBandKeys = 64;     // of a tile of the band
+constexpr int kWidth = 128;       // bytes of a row of 64 channels: panels of Q, K and V
+constexpr int kScores = kBandKeys / 2, kWeights = kBandKeys / 4;  // registers
+
+struct BandParams {
+  CUtensorMap q, k, v;  // boxes of 64 channels: of kBlockM queries, of kBandKeys keys and values
+  Sage2Params sage2;
+  float factor;  // scale * log2(e)
+  int head_dim;
+};
+
+template <int kHeadDim, bool kFast, ptx::Half kHalf_>
+struct BandConfig : Sage2Config<kHeadDim, kFast, true> {
+  static constexpr ptx::Half kHalf = kHalf_;
+  static constexpr int kPanels16 = kHeadDim / 64, kQueryBytes16 = kBlockM * kHeadDim * 2,
+                       kTileBytes16 = kBandKeys * kHeadDim * 2;
+  // P is also scaled by 2^-kShift, so that bf16 values of 3e38 have finite sums.
+  static constexpr int kShift = kHalf == ptx::Half::kBF16 ? 20 : 0;
+};
+
+// ---- items --------------------------------------------------------------------------------------------------------
+
+// Which keys of an item are in the band: tile 0 of 64 keys, and those that hold the last key of any row.
+struct Parts {
+  int diagonal;   // the first tile of the latter
+  int tiles;      // of the band
+  int low_tiles;  // of INT8 and FP8; the last of them may have keys of the band, tile 0 has
+
+  template <class C>
+  static __device__ __forceinline__ Parts of(const Sage2Params& p, int block) {
+    const int first_row = block * kBlockM, last_row = min(first_row + kBlockM, p.q_tokens) - 1;
+    const int last = last_key(p, last_row);
+    Parts parts;
+    parts.diagonal = max(last_key(p, first_row), 0) / kBandKeys;
+    parts.tiles = last < 0 ? 0 : last / kBandKeys + 1 - parts.diagonal + (parts.diagonal > 0);
+    parts.low_tiles = parts.diagonal < 2 ? 0 : (parts.diagonal * kBandKeys + C::kBlockN - 1) / C::kBlockN;
+    return parts;
+  }
+  // The first keys first, so that every row has a maximum.
+  __device__ __forceinline__ int tile(int i) const { return diagonal == 0 ? i : i == 0 ? 0 : diagonal + i - 1; }
+};
+
+// An item as one lane sees it; `tile` counts those of INT8 and FP8.
+template <class C>
+struct BandCourse : Course<C> {
+  Parts parts;
+  int own_tiles;  // of the band, that a row of this warpgroup sees; or one
+
+  __device__ __forceinline__ BandCourse(const Sage2Params& p, uint32_t index, int group) : Course<C>(p, index) {
+    parts.tiles = 0;
+    if (index >= p.items || this->tile < 0) return;
+    parts = Parts::of<C>(p, this->first_row / kBlockM);
+    own_tiles = max(last_key(p, this->first_row + group * 64 + 63), 0) / kBandKeys + 1 - parts.diagonal +
+                (parts.diagonal > 0);
+    this->tile = parts.low_tiles - 1;
+    if (this->tile >= 0) this->next_k_scale = this->key_scale(p, this->tile);
+  }
+  __device__ __forceinline__ bool bad_keys() const { return this->open_tiles == Course<C>::kFlagged; }
+};
+
+// ---- the two products of a tile of the band -------------------------------------------------------------------------
+
+template <class C>
+__device__ __forceinline__ void issue_band_scores(float (&s)[kScores], uint64_t q, uint64_t k) {
+#pragma unroll
+  for (int panel = 0; panel < C::kPanels16; panel++) {
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      const uint64_t a = q + (panel * kBlockM * kWidth >> 4) + 2 * step;
+      const uint64_t b = k + (panel * kBandKeys * kWidth >> 4) + 2 * step;
+      if (panel == 0 && step == 0) {
+        ptx::HalfScoreProduct<C::kHalf, kBandKeys>::template issue<false>(s, a, b);
+      } else {
+        ptx::HalfScoreProduct<C::kHalf, kBandKeys>::template issue<true>(s, a, b);
+      }
+    }
+  }
+  ptx::product_commit();
+}
+
+template <class C>
+__device__ __forceinline__ void issue_band_values(float (&o)[C::kHeadDim / 2], const uint32_t (&weights)[kWeights],
+                                                  uint64_t v, int accumulate) {
+#pragma unroll
+  for (int step = 0; step < kBandKeys / 16; step++) {
+    ptx::HalfValueProduct<C::kHalf, C::kHeadDim>::issue(o, weights + 4 * step, v + (step * 16 * kWidth >> 4),
+                                                        step == 0 ? accumulate : 1);
+  }
+  ptx::product_commit();
+}
+
+// ---- values that are not finite: zeros here, and repair_sage2 puts them in ------------------------------------------
+
+// By all threads of a warpgroup, each on its own: both may write the same zeros.
+template <class C>
+__device__ __forceinline__ void clear_not_finite(uint32_t tile, int group) {
+  constexpr uint32_t kExponent = C::kHalf == ptx::Half::kF16 ? 0x7c007c00u : 0x7f807f80u;
+  constexpr uint32_t kUnit = C::kHalf == ptx::Half::kF16 ? 0x04000400u : 0x00800080u;  // carries into the sign
+#pragma unroll 1
+  for (int i = threadIdx.x % 128; i < C::kTileBytes16 / 4; i += 128) {
+    uint32_t word;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(tile + 4 * i) : "memory");
+    const uint32_t bad = ((word & kExponent) + kUnit) & 0x80008000u;
+    if (bad == 0) continue;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile + 4 * i), "r"(word & ~((bad >> 15) * 0xffffu)) : "memory");
+  }
+  ptx::async_proxy_fence();
+  ptx::any_of_warpgroup(3 + group, false);
+}
+
+// ---- softmax ------------------------------------------------------------------------------------------------------
+
+template <ptx::Half kHalf>
+__device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
+  if constexpr (kHalf == ptx::Half::kF16) return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+
+__device__ __forceinline__ float sum_of_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// What the smoothed keys' scores lack, for rows g and g + 8: factor * q . k_mean. `queries` is the warp's first row.
+template <class C>
+__device__ __forceinline__ void scores_of_mean(const BandParams& p, uint32_t queries, uint32_t kv_plane,
+                                               float (&scores)[2]) {
+  scores[0] = scores[1] = 0.0f;
+  if (p.sage2.packed.k_mean == nullptr) return;
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  const float* const mean = p.sage2.packed.k_mean + static_cast<int64_t>(kv_plane) * p.head_dim;
+#pragma unroll
+  for (int i = 0; i < C::kHeadDim / 32; i++) {
+    const int chunk = 4 * i + c;  // of 8 channels
+    uint4 octet[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const uint32_t at = queries + chunk / 8 * kBlockM * kWidth + (g + 8 * half) * kWidth + ((chunk % 8) ^ g) * 16;
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(octet[half].x), "=r"(octet[half].y), "=r"(octet[half].z), "=r"(octet[half].w)
+                   : "r"(at)
+                   : "memory");
+    }
+    const uint32_t words[2][4] = {{octet[0].x, octet[0].y, octet[0].z, octet[0].w},
+                                  {octet[1].x, octet[1].y, octet[1].z, octet[1].w}};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int channel = 8 * chunk + 2 * j;
+      const float low = channel < p.head_dim ? __ldg(mean + channel) : 0.0f;
+      const float high = channel + 1 < p.head_dim ? __ldg(mean + channel + 1) : 0.0f;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float2 q = unpack_pair<C::kHalf>(words[half][j]);
+        scores[half] = fmaf(q.x, low, fmaf(q.y, high, scores[half]));
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) scores[half] = sum_of_quad(scores[half]) * p.factor;
+}
+
+// Scores of a tile of the band become its P; `sum` is that of the lane's columns. Whether maxima moved.
+template <class C>
+__device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kScores], RowState& state, float (&sum)[2],
+                                             const float (&of_mean)[2], const BandCourse<C>& course, int tile,
+                                             float (&rescale)[2]) {
+  constexpr float kMost = 0x1p120f;  // no exponent is infinite, or NaN
+  float largest[2] = {-INFINITY, -INFINITY};
+  const int first = tile * kBandKeys + 2 * (threadIdx.x % 4), row = course.first_row + row_of_block();
+#pragma unroll
+  for (int i = 0; i < kScores; i++) {
+    s[i] = fminf(fmaxf(fmaf(s[i], p.factor, -of_mean[i >> 1 & 1]), -kMost), kMost);
+  }
+  if (tile >= course.parts.diagonal) {
+    const int limit[2] = {last_key(p.sage2, row) - first, last_key(p.sage2, row + 8) - first};
+#pragma unroll
+    for (int i = 0; i < kScores; i++) {
+      if (i / 4 * 8 + (i & 1) > limit[i >> 1 & 1]) s[i] = -INFINITY;
+    }
+  }
+  if (course.bad_keys()) {
+    const uint32_t* const bits = p.sage2.packed.k_bits +
+                                 static_cast<int64_t>(course.first_tile) * (C::kBlockN / 32) + tile * (kBandKeys / 32);
+#pragma unroll
+    for (int word = 0; word < kBandKeys / 32; word++) {
+      const int64_t at = static_cast<int64_t>(tile) * kBandKeys + 32 * word;
+      const uint32_t bad = at < p.sage2.k_tokens ? __ldg(bits + word) >> first % 8 : 0;
+#pragma unroll
+      for (int i = 0; i < 16; i++) {
+        if (bad >> (i / 4 * 8 + (i & 1)) & 1) s[16 * word + i] = -INFINITY;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kScores; i++) largest[i >> 1 & 1] = fmaxf(largest[i >> 1 & 1], s[i]);
+  keep_maxima(state, largest, rescale);
+#pragma unroll
+  for (int half = 0; half < 2; half++) sum[half] *= rescale[half];
+#pragma unroll
+  for (int i = 0; i < kScores; i++) {
+    const int half = i >> 1 & 1;
+    s[i] = ptx::exp2_approx(s[i] + (addend_of(state.maximum[half]) - C::kShift));
+    sum[half] += s[i];
+  }
+  return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
+}
+
+// P of a tile of INT8 scores, every row of the block sees all of it that is not in the band.
+template <class C>
+__device__ __forceinline__ bool softmax_low(const Sage2Params& p, int (&s)[C::kScores], Exponentials<C>& e,
+                                            RowState& state, BandCourse<C>& course, float (&rescale)[2]) {
+  constexpr int kTiles = C::kBlockN / kBandKeys;
+  const float factor = course.factor(p);
+  const int first = course.tile * kTiles;
+  const bool hidden = first == 0 || first + kTiles > course.parts.diagonal;
+  if (hidden) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile++) {
+      const bool in_band = first + tile == 0 || first + tile >= course.parts.diagonal;
+#pragma unroll
+      for (int i = kScores * tile; i < kScores * (tile + 1); i++) s[i] = in_band ? kMasked : s[i];
+    }
+  }
+  bool any = course.bad_keys();
+  if (C::kFast || hidden) {
+    any |= __any_sync(~0u, !(factor >= kLeastFactor && (!C::kFast || factor < kMostFactor)));
+  }
+  if (any) return softmax_any<C>(p, s, e, state, factor, course, rescale);
+  if constexpr (C::kFast) {
+    return softmax_codes<C>(s, e, state, factor, false, rescale);
+  } else {
+    return softmax_exact<C>(s, e, state, factor, rescale);
+  }
+}
+
+__device__ __forceinline__ void pack_weights(uint32_t (&weights)[kWeights], const float (&s)[kScores], bool f16) {
+#pragma unroll
+  for (int i = 0; i < kWeights; i++) weights[i] = pack_output(f16, s[2 * i], s[2 * i + 1]);
+}
+
+// ---- the producer -------------------------------------------------------------------------------------------------
+
+template <class C>
+struct BandRings : Rings<C> {
+  Ring<1> band_queries;  // the item's number comes with them
+
+  __device__ __forceinline__ BandRings(uint8_t* shared, uint32_t base)
+      : Rings<C>(shared, base), band_queries{base + 2 * Ring<C::kStages>::kBytes + Ring<C::kQueryBuffers>::kBytes} {}
+};
+
+template <class C>
+__device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t shared, const BandRings<C>& rings) {
+  const Sage2Params& p = params.sage2;
+  Slot<C::kStages> slot;
+  Slot<1> query, band_query;
+  const auto take_band_queries = [&](uint32_t index) {
+    ptx::barrier_wait(rings.band_queries.empty(0), band_query.parity ^ 1);
+    rings.items[0] = index;
+  };
+  for (uint32_t index = blockIdx.x; index < p.items;) {
+    const Item item = item_at<C>(p, index);
+    const Parts parts = Parts::of<C>(p, item.block);
+    const int kv_head = static_cast<int>(item.kv_plane) - item.batch * p.kv_heads;
+    for (int j = 0; j < parts.tiles; j++) {
+      const uint32_t i = slot.index;
+      const int first = parts.tile(j) * kBandKeys;
+      ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
+      ptx::barrier_expect(rings.keys.full(i), C::kTileBytes16);
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels16; panel++) {
+        ptx::copy_box(shared + C::kKeyAt + i * C::kKeyStage + panel * kBandKeys * kWidth, params.k, panel * 64, first,
+                      kv_head, item.batch, rings.keys.full(i));
+      }
+      if (j == 0) {  // after the first keys: they do not wait for the item before
+        take_band_queries(index);
+        ptx::barrier_expect(rings.band_queries.full(0), C::kQueryBytes16);
+#pragma unroll
+        for (int panel = 0; panel < C::kPanels16; panel++) {
+          ptx::copy_box(shared + C::kBandQueryAt + panel * kBlockM * kWidth, params.q, panel * 64, item.block * kBlockM,
+                        item.head, item.batch, rings.band_queries.full(0));
+        }
+      }
+      ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
+      ptx::barrier_expect(rings.values.full(i), C::kTileBytes16);
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels16; panel++) {
+        ptx::copy_box(shared + C::kValueAt + i * C::kValueStage + C::kBandValuesAt + panel * kBandKeys * kWidth,
+                      params.v, panel * 64, first, kv_head, item.batch, rings.values.full(i));
+      }
+      slot.next();
+    }
+    const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles;
+    for (int tile = parts.low_tiles - 1; tile >= 0; tile--) {
+      const uint32_t i = slot.index;
+      ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
+      ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes);
+      ptx::copy_bulk(shared + C::kKeyAt + i * C::kKeyStage, p.packed.k + (first_tile + tile) * C::kKeyBytes,
+                     C::kKeyBytes, rings.keys.full(i));
+      if (tile == parts.low_tiles - 1) {
+        ptx::barrier_wait(rings.queries.empty(0), query.parity ^ 1);
+        ptx::barrier_expect(rings.queries.full(0), C::kQueryBytes);
+        ptx::copy_bulk(
+            shared + C::kQueryAt,
+            p.packed.q + (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * C::kQueryBytes,
+            C::kQueryBytes, rings.queries.full(0));
+        query.next();
+      }
+      ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
+      ptx::barrier_expect(rings.values.full(i), C::kBlockN * C::kHeadDim);
+      const uint8_t* const from = p.packed.v + (first_tile + tile) * (C::kBlockN * C::kHeadDim);
+#pragma unroll
+      for (int chunk = 0; chunk < C::kChunks; chunk++) {
+        ptx::copy_bulk(shared + C::kValueAt + i * C::kValueStage + chunk * C::kChunkBytes,
+                       from + chunk * C::kHeadDim * C::kVWidth, C::kHeadDim * C::kVWidth, rings.values.full(i));
+      }
+      slot.next();
+    }
+    if (parts.tiles == 0) {
+      take_band_queries(index);
+      ptx::barrier_arrive(rings.band_queries.full(0));
+    }
+    band_query.next();
+    // Whoever is free takes the next item. (The reduction, of one lane, keeps it where a warp shares numbers.)
+    index = __reduce_or_sync(1u, atomicAdd(p.packed.next_item, 1)) + gridDim.x;
+  }
+  take_band_queries(rings.kNoItem);
+  ptx::barrier_arrive(rings.band_queries.full(0));
+}
+
+// ---- a warpgroup that multiplies ------------------------------------------------------------------------------------
+
+// The band's sums, in V's units, become O in units of V's codes.
+template <class C>
+__device__ __forceinline__ void to_codes(const Sage2Params& p, uint32_t kv_plane, const float (&band)[C::kHeadDim / 2],
+                                         float (&o)[C::kOutputs], const float (&rescale)[2]) {
+  const float* scales = p.packed.v_scales + static_cast<int64_t>(kv_plane) * C::kHeadDim + 2 * (threadIdx.x % 4);
+  constexpr float kUnshift = static_cast<float>(1 << C::kShift);
+#pragma unroll
+  for (int n = 0; n < C::kHeadDim / 8; n++) {
+    const float2 scale = __ldg(reinterpret_cast<const float2*>(scales + 8 * n));
+#pragma unroll
+    for (int r = 0; r < 4; r++) {  // scales are powers of two
+      const float inverse = float_of(0x7f000000u - bits_of(r & 1 ? scale.y : scale.x));
+      o[4 * n + r] = band[4 * n + r] * inverse * (kUnshift * rescale[r >> 1]);
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t* shared, uint32_t base,
+                                               const BandRings<C>& rings, int group) {
+  const Sage2Params& p = params.sage2;
+  const int lane = threadIdx.x % 32;
+  const uint64_t key_tiles = ptx::tile_descriptor<C::kPanelWidth>() | (base + C::kKeyAt) >> 4;
+  const uint64_t value_tiles = ptx::tile_descriptor<C::kVWidth>() | (base + C::kValueAt) >> 4;
+  const uint64_t queries =
+      ptx::tile_descriptor<C::kPanelWidth>() | (base + C::kQueryAt + group * 64 * C::kPanelWidth) >> 4;
+  const uint64_t band_keys = ptx::tile_descriptor<kWidth>() | (base + C::kKeyAt) >> 4;
+  const uint64_t band_values = ptx::panel_descriptor<kBandKeys>() | (base + C::kValueAt + C::kBandValuesAt) >> 4;
+  const uint64_t band_queries = ptx::tile_descriptor<kWidth>() | (base + C::kBandQueryAt + group * 64 * kWidth) >> 4;
+  const uint64_t ones = ptx::tile_descriptor<32>() | (base + C::kOnesAt) >> 4;
+  const auto done = [&](uint32_t barrier) {
+    if (lane == 0) ptx::barrier_arrive(barrier);
+  };
+  const auto wait_turn = [&] {
+    if (C::kTurns) ptx::turn_wait<128 * kGroups>(1 + group);
+  };
+  const auto pass_turn = [&] {
+    if (C::kTurns) ptx::turn_pass<128 * kGroups>(1 + (group + 1) % kGroups);
+  };
+  uint8_t* const totals = shared + C::kTotalAt + group * 64 * C::kHeadDim * C::kTotalBytes;
+  Total<C> total;
+  total.at = totals + threadIdx.x % 128 * 4 * C::kTotalBytes;
+  total.rows = reinterpret_cast<float2*>(shared + C::kRowsAt) + row_of_block();
+  float2* const band_rows = reinterpret_cast<float2*>(shared + C::kBandRowsAt) + row_of_block();
+  Slot<C::kStages> slot;
+  Slot<1> query, band_query;
+  if (C::kTurns && group == kGroups - 1) ptx::turn_pass<128 * kGroups>(1);
+
+  float band_s[kScores], of_mean[2];
+  const auto next_course = [&] {
+    ptx::barrier_wait(rings.band_queries.full(0), band_query.parity);
+    band_query.next();
+    // The reduction leaves it where the compiler keeps what a warp shares.
+    return BandCourse<C>(p, __reduce_or_sync(~0u, rings.items[0]), group);
+  };
+  // Scores of the first tile, where there is one; else of whatever lies there, which nobody will read.
+  const auto issue_first = [&](const BandCourse<C>& of) {
+    if (of.parts.tiles > 0) ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+    ptx::product_fence();
+    issue_band_scores<C>(band_s, band_queries, band_keys + slot.index * (C::kKeyStage >> 4));
+    if (of.parts.tiles > 0) {
+      scores_of_mean<C>(params, base + C::kBandQueryAt + (threadIdx.x / 32 * 16) * kWidth, item_at<C>(p, of.index).kv_plane,
+                        of_mean);
+    }
+  };
+
+  BandCourse<C> course = next_course();
+  issue_first(course);
+  ptx::product_wait<0>();
+  ptx::pin(band_s);
+  while (course.index < p.items) {
+    const uint32_t index = course.index;
+    float o[C::kOutputs] = {}, sums[4] = {}, centred[2] = {};
+    RowState state;
+    total.used = false;
+    if (course.parts.tiles > 0) {
+      const uint32_t kv_plane = item_at<C>(p, index).kv_plane;
+      const bool bad_values = (__reduce_or_sync(~0u, __ldg(p.packed.flags + kv_plane)) & kValueFlag) != 0;
+      const auto wait_band_values = [&](const Slot<C::kStages>& of) {
+        ptx::barrier_wait(rings.values.full(of.index), of.parity);
+        if (bad_values) {
+          clear_not_finite<C>(base + C::kValueAt + of.index * C::kValueStage + C::kBandValuesAt, group);
+        }
+      };
+      float band_o[C::kHeadDim / 2] = {}, band_sum[2] = {}, rescale[2];
+      uint32_t band_weights[kWeights];
+      done(rings.keys.empty(slot.index));
+      softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(0), rescale);
+      pack_weights(band_weights, band_s, C::kHalf == ptx::Half::kF16);
+#pragma unroll 1
+      for (int i = 1; i < course.own_tiles; i++) {
+        const Slot<C::kStages> before = slot;
+        slot.next();
+        ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+        wait_band_values(before);
+        ptx::pin(band_weights);
+        ptx::product_fence();
+        issue_band_scores<C>(band_s, band_queries, band_keys + slot.index * (C::kKeyStage >> 4));
+        issue_band_values<C>(band_o, band_weights, band_values + before.index * (C::kValueStage >> 4), i > 1);
+        ptx::product_wait<1>();
+        ptx::pin(band_s);
+        done(rings.keys.empty(slot.index));
+        const bool moved =
+            softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(i), rescale);
+        ptx::product_wait<0>();
+        ptx::pin(band_s);
+        ptx::pin(band_o);
+        done(rings.values.empty(before.index));
+        pack_weights(band_weights, band_s, C::kHalf == ptx::Half::kF16);
+        if (moved) {
+#pragma unroll
+          for (int n = 0; n < C::kHeadDim / 2; n++) band_o[n] *= rescale[n >> 1 & 1];
+        }
+      }
+      done(rings.band_queries.empty(0));
+      const Slot<C::kStages> last = slot;
+      slot.next();
+      if (course.own_tiles < course.parts.tiles) {  // one more, of which no row of this warpgroup sees a key
+        ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+        ptx::barrier_wait(rings.values.full(slot.index), slot.parity);
+        done(rings.keys.empty(slot.index));
+        done(rings.values.empty(slot.index));
+        slot.next();
+      }
+      rescale[0] = rescale[1] = 1.0f;
+      const auto take_band = [&] {
+        to_codes<C>(p, kv_plane, band_o, o, rescale);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          state.sum[half] = sum_of_quad(band_sum[half]) * rescale[half] * static_cast<float>(1 << C::kShift);
+          band_rows[8 * half] = make_float2(state.sum[half], state.maximum[half]);  // all lanes of a row say the same
+        }
+        __syncwarp();
+      };
+
+      if (course.tile >= 0) {
+        uint32_t weights[C::kWeights];
+        {
+          int s[C::kScores];
+          Exponentials<C> e;
+          ptx::barrier_wait(rings.queries.full(0), query.parity);
+          ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+          wait_band_values(last);
+          wait_turn();
+          ptx::pin(band_weights);
+          ptx::product_fence();
+          issue_scores<C>(s, queries, key_tiles + slot.index * (C::kKeyStage >> 4));
+          issue_band_values<C>(band_o, band_weights, band_values + last.index * (C::kValueStage >> 4),
+                               course.own_tiles > 1);
+          pass_turn();
+          ptx::product_wait<1>();
+          ptx::pin(s);
+          done(rings.keys.empty(slot.index));
+          softmax_low<C>(p, s, e, state, course, rescale);
+          ptx::product_wait<0>();
+          ptx::pin(e.bits);
+          ptx::pin(band_o);
+          done(rings.values.empty(last.index));
+          e.store(weights);
+        }
+        take_band();
+        total.add(o, state);
+        slot.next();
+        int summed = 0;  // tiles in O
+        const auto row_sum = [&](int half) { return C::kOnesInV ? o[C::kOutputs - 4 + 2 * half] : sums[2 * half]; };
+        const auto take_sums = [&] {
+          state.sum[0] += row_sum(0), state.sum[1] += row_sum(1);
+          // A write to part of an accumulator that no condition guards would make the compiler serialize products.
+          if (C::kOnesInV && p.k_tokens > 0) {
+#pragma unroll
+            for (int i = 1; i <= 4; i++) o[C::kOutputs - i] = 0.0f;
+          }
+        };
+
+#pragma unroll 1
+        while (--course.tile >= 0) {
+          int s[C::kScores];
+          Exponentials<C> e;
+          ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+          wait_turn();
+          ptx::pin(weights);
+          ptx::product_fence();
+          issue_scores<C>(s, queries, key_tiles + slot.index * (C::kKeyStage >> 4));
+          const Slot<C::kStages> before = slot.previous();
+          ptx::barrier_wait(rings.values.full(before.index), before.parity);
+          issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed++);
+          pass_turn();
+          ptx::product_wait<1>();
+          ptx::pin(s);
+          done(rings.keys.empty(slot.index));
+          const bool moved = softmax_low<C>(p, s, e, state, course, rescale);
+
+          ptx::product_wait<0>();
+          ptx::pin(e.bits);
+          ptx::pin(o);
+          ptx::pin(sums);
+          done(rings.values.empty(slot.previous().index));
+          take_sums();
+          e.store(weights);
+          if (moved) {
+#pragma unroll
+            for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= rescale[i >> 1 & 1];
+            state.sum[0] *= rescale[0], state.sum[1] *= rescale[1];
+          }
+          if (summed % C::kTestTiles == 0 && drifts<C>(o, state, summed * C::kBlockN, group)) {
+            total.add(o, state);
+            summed = 0;
+          }
+          slot.next();
+        }
+
+        done(rings.queries.empty(0));
+        query.next();
+        const Slot<C::kStages> before = slot.previous();
+        ptx::barrier_wait(rings.values.full(before.index), before.parity);
+        ptx::pin(weights);
+        ptx::product_fence();
+        issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed);
+        course = next_course();
+        issue_first(course);
+        ptx::product_wait<1>();
+        ptx::pin(o);
+        ptx::pin(sums);
+        done(rings.values.empty(before.index));
+        const float first[2] = {row_sum(0), row_sum(1)};
+        take_sums();
+        total.finish(o, state);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const float2 in_band = band_rows[8 * half];
+          const float rest = state.sum[half] - in_band.x * shrink(in_band.y, state.maximum[half]) -
+                             (p.whole_mean ? 0.0f : first[half]);
+          centred[half] = rest * reciprocal(state.sum[half]);
+        }
+      } else {
+        wait_band_values(last);
+        ptx::pin(band_weights);
+        ptx::product_fence();
+        issue_band_values<C>(band_o, band_weights, band_values + last.index * (C::kValueStage >> 4),
+                             course.own_tiles > 1);
+        ptx::product_wait<0>();
+        ptx::pin(band_o);
+        done(rings.values.empty(last.index));
+        take_band();
+        total.finish(o, state);
+        course = next_course();
+        issue_first(course);
+      }
+    } else {
+      done(rings.band_queries.empty(0));
+      course = next_course();
+      issue_first(course);
+    }
+    const Item item = item_at<C>(p, index);
+    store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
+    ptx::product_wait<0>();
+    ptx::pin(band_s);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, 1) band_kernel(const __grid_constant__ BandParams params) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const BandRings<C> rings(shared, base);
+  if (threadIdx.x == 0) {
+    rings.keys.create();
+    rings.values.create();
+    rings.queries.create();
+    rings.band_queries.create();
+    ptx::barrier_init_fence();
+  }
+  write_ones<C>(shared);
+  __syncthreads();
+  ptx::wait_for_previous_kernel();
+
+  if (group == kGroups) {
+    ptx::shrink_registers<24>();  // 24 + 2 * 240 is what three warpgroups of 168 have
+    if (threadIdx.x == 128 * kGroups) copy_tiles<C>(params, base, rings);
+  } else {
+    ptx::grow_registers<240>();
+    multiply_items<C>(params, shared, base, rings, group);
+  }
+}
+
+// ---- host side ----------------------------------------------------------------------------------------------------
+
+template <class C>
+void launch(const Sage2Op& op, cudaStream_t stream) {
+  BandParams params{};
+  params.sage2 = make_params(op);
+  params.q = make_tensor_map(op.q, kBlockM, kWidth);
+  params.k = make_tensor_map(op.k, kBandKeys, kWidth);
+  params.v = make_tensor_map(op.v, kBandKeys, kWidth);
+  params.factor = op.scale * kLog2e;
+  params.head_dim = static_cast<int>(op.q.channels());
+  int device = 0, multiprocessors = 0;
+  SAGE_CUDA(cudaGetDevice(&device));
+  SAGE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  SAGE_CUDA(cudaFuncSetAttribute(band_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+  const unsigned blocks = std::min(static_cast<unsigned>(multiprocessors), params.sage2.items);
+  launch_overlapped(band_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, params);
+}
+
+// One head dimension and type a source file, so that they compile side by side.
+template <int kHeadDim, ptx::Half kHalf>
+void launch_for(const Sage2Op& op, cudaStream_t stream);
+
+}  // namespace sage::cuda::sm90::band
