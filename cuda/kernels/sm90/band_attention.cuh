@@ -1,8 +1,9 @@
 // sage2 with the precision band on sm_90a: a causal item's first keys and those about its diagonal go through 16-bit
 // products, from the raw tensors, and all others through those of sage2_attention.cuh, in one softmax.
 //
-// Tiles of the band have 64 keys, and as many bytes as INT8 and FP8 tiles of 128: they come first, through the same
-// rings. Their sums, in V's own units, then become the f32 total in units of V's codes, to which the others are added.
+// The others come first, so that their weights keep what range FP8 has, whatever the band holds. Their O, in V's own
+// units, is what the band's products are added to. A tile of the band has 64 keys, and as many bytes as one of 128 in
+// INT8 or FP8: both go through the same rings.
 #pragma once
 
 #include "../ptx/tensor.cuh"
@@ -29,8 +30,9 @@ struct BandConfig : Sage2Config<kHeadDim, kFast, true> {
   static constexpr ptx::Half kHalf = kHalf_;
   static constexpr int kPanels16 = kHeadDim / 64, kQueryBytes16 = kBlockM * kHeadDim * 2,
                        kTileBytes16 = kBandKeys * kHeadDim * 2;
-  // P is also scaled by 2^-kShift, so that bf16 values of 3e38 have finite sums.
-  static constexpr int kShift = kHalf == ptx::Half::kBF16 ? 20 : 0;
+  // P of 16 bits is also scaled by 2^-kShift, so that bf16 values of 3e38 have finite sums.
+  static constexpr int kShift = kHalf == ptx::Half::kBF16 ? 30 : 0;
+  static constexpr float kShrunk = 1.0f / (1 << kShift);
 };
 
 // ---- items --------------------------------------------------------------------------------------------------------
@@ -59,16 +61,28 @@ struct Parts {
 template <class C>
 struct BandCourse : Course<C> {
   Parts parts;
-  int own_tiles;  // of the band, that a row of this warpgroup sees; or one
+  int own_tiles;    // of the band, that a row of this warpgroup sees; or one
+  bool bad_values;  // a value of the plane is not finite
 
-  __device__ __forceinline__ BandCourse(const Sage2Params& p, uint32_t index, int group) : Course<C>(p, index) {
+  __device__ __forceinline__ BandCourse(const Sage2Params& p, uint32_t index, int group) {
+    this->index = index;
     parts.tiles = 0;
-    if (index >= p.items || this->tile < 0) return;
-    parts = Parts::of<C>(p, this->first_row / kBlockM);
+    if (index >= p.items) return;
+    const Item item = item_at<C>(p, index);
+    this->first_row = item.block * kBlockM;
+    parts = Parts::of<C>(p, item.block);
+    if (parts.tiles == 0) return;
+    const uint32_t flags = __ldg(p.packed.flags + item.kv_plane);
     own_tiles = max(last_key(p, this->first_row + group * 64 + 63), 0) / kBandKeys + 1 - parts.diagonal +
                 (parts.diagonal > 0);
     this->tile = parts.low_tiles - 1;
+    this->first_tile = item.kv_plane * p.tiles;
+    const int64_t sixteen = (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * 8 + threadIdx.x / 32;
+    this->q_scale = __ldg(p.packed.q_scales + sixteen * 8 + threadIdx.x % 32 / 4);
     if (this->tile >= 0) this->next_k_scale = this->key_scale(p, this->tile);
+    const uint32_t shared_flags = __reduce_or_sync(~0u, flags);
+    this->open_tiles = shared_flags & kKeyFlag ? Course<C>::kFlagged : 0;
+    bad_values = shared_flags & kValueFlag;
   }
   __device__ __forceinline__ bool bad_keys() const { return this->open_tiles == Course<C>::kFlagged; }
 };
@@ -94,12 +108,12 @@ __device__ __forceinline__ void issue_band_scores(float (&s)[kScores], uint64_t 
 }
 
 template <class C>
-__device__ __forceinline__ void issue_band_values(float (&o)[C::kHeadDim / 2], const uint32_t (&weights)[kWeights],
-                                                  uint64_t v, int accumulate) {
+__device__ __forceinline__ void issue_band_values(float (&o)[C::kOutputs], const uint32_t (&weights)[kWeights],
+                                                  uint64_t v) {
+  auto& sums = reinterpret_cast<float(&)[C::kHeadDim / 2]>(o);
 #pragma unroll
   for (int step = 0; step < kBandKeys / 16; step++) {
-    ptx::HalfValueProduct<C::kHalf, C::kHeadDim>::issue(o, weights + 4 * step, v + (step * 16 * kWidth >> 4),
-                                                        step == 0 ? accumulate : 1);
+    ptx::HalfValueProduct<C::kHalf, C::kHeadDim>::issue(sums, weights + 4 * step, v + (step * 16 * kWidth >> 4), 1);
   }
   ptx::product_commit();
 }
@@ -179,13 +193,7 @@ template <class C>
 __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kScores], RowState& state, float (&sum)[2],
                                              const float (&of_mean)[2], const BandCourse<C>& course, int tile,
                                              float (&rescale)[2]) {
-  constexpr float kMost = 0x1p120f;  // no exponent is infinite, or NaN
-  float largest[2] = {-INFINITY, -INFINITY};
   const int first = tile * kBandKeys + 2 * (threadIdx.x % 4), row = course.first_row + row_of_block();
-#pragma unroll
-  for (int i = 0; i < kScores; i++) {
-    s[i] = fminf(fmaxf(fmaf(s[i], p.factor, -of_mean[i >> 1 & 1]), -kMost), kMost);
-  }
   if (tile >= course.parts.diagonal) {
     const int limit[2] = {last_key(p.sage2, row) - first, last_key(p.sage2, row + 8) - first};
 #pragma unroll
@@ -198,23 +206,30 @@ __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kSc
                                  static_cast<int64_t>(course.first_tile) * (C::kBlockN / 32) + tile * (kBandKeys / 32);
 #pragma unroll
     for (int word = 0; word < kBandKeys / 32; word++) {
-      const int64_t at = static_cast<int64_t>(tile) * kBandKeys + 32 * word;
-      const uint32_t bad = at < p.sage2.k_tokens ? __ldg(bits + word) >> first % 8 : 0;
+      const bool exists = tile * (kBandKeys / 32) + word < p.sage2.tiles * (C::kBlockN / 32);
+      const uint32_t bad = exists ? __ldg(bits + word) >> first % 8 : 0;
 #pragma unroll
       for (int i = 0; i < 16; i++) {
         if (bad >> (i / 4 * 8 + (i & 1)) & 1) s[16 * word + i] = -INFINITY;
       }
     }
   }
+  float largest[2] = {s[0], s[2]};
 #pragma unroll
   for (int i = 0; i < kScores; i++) largest[i >> 1 & 1] = fmaxf(largest[i >> 1 & 1], s[i]);
-  keep_maxima(state, largest, rescale);
 #pragma unroll
-  for (int half = 0; half < 2; half++) sum[half] *= rescale[half];
+  for (int half = 0; half < 2; half++) largest[half] = fmaf(largest[half], p.factor, -of_mean[half]);
+  keep_maxima(state, largest, rescale);
+  float addend[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    sum[half] *= rescale[half];
+    addend[half] = addend_of(state.maximum[half]) - of_mean[half] - C::kShift;
+  }
 #pragma unroll
   for (int i = 0; i < kScores; i++) {
     const int half = i >> 1 & 1;
-    s[i] = ptx::exp2_approx(s[i] + (addend_of(state.maximum[half]) - C::kShift));
+    s[i] = ptx::exp2_approx(fmaf(s[i], p.factor, addend[half]));
     sum[half] += s[i];
   }
   return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
@@ -223,7 +238,8 @@ __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kSc
 // P of a tile of INT8 scores, every row of the block sees all of it that is not in the band.
 template <class C>
 __device__ __forceinline__ bool softmax_low(const Sage2Params& p, int (&s)[C::kScores], Exponentials<C>& e,
-                                            RowState& state, BandCourse<C>& course, float (&rescale)[2]) {
+                                            RowState& state, BandCourse<C>& course, bool first_of_item,
+                                            float (&rescale)[2]) {
   constexpr int kTiles = C::kBlockN / kBandKeys;
   const float factor = course.factor(p);
   const int first = course.tile * kTiles;
@@ -242,7 +258,7 @@ __device__ __forceinline__ bool softmax_low(const Sage2Params& p, int (&s)[C::kS
   }
   if (any) return softmax_any<C>(p, s, e, state, factor, course, rescale);
   if constexpr (C::kFast) {
-    return softmax_codes<C>(s, e, state, factor, false, rescale);
+    return softmax_codes<C>(s, e, state, factor, first_of_item, rescale);
   } else {
     return softmax_exact<C>(s, e, state, factor, rescale);
   }
@@ -257,7 +273,7 @@ __device__ __forceinline__ void pack_weights(uint32_t (&weights)[kWeights], cons
 
 template <class C>
 struct BandRings : Rings<C> {
-  Ring<1> band_queries;  // the item's number comes with them
+  Ring<1> band_queries;
 
   __device__ __forceinline__ BandRings(uint8_t* shared, uint32_t base)
       : Rings<C>(shared, base), band_queries{base + 2 * Ring<C::kStages>::kBytes + Ring<C::kQueryBuffers>::kBytes} {}
@@ -268,13 +284,56 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
   const Sage2Params& p = params.sage2;
   Slot<C::kStages> slot;
   Slot<1> query, band_query;
-  const auto take_band_queries = [&](uint32_t index) {
-    ptx::barrier_wait(rings.band_queries.empty(0), band_query.parity ^ 1);
+  const auto take_query_buffer = [&](uint32_t index) {
+    ptx::barrier_wait(rings.queries.empty(0), query.parity ^ 1);
     rings.items[0] = index;
+    query.next();
   };
   for (uint32_t index = blockIdx.x; index < p.items;) {
     const Item item = item_at<C>(p, index);
     const Parts parts = Parts::of<C>(p, item.block);
+    const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles;
+    const auto copy_band_queries = [&] {
+      ptx::barrier_wait(rings.band_queries.empty(0), band_query.parity ^ 1);
+      ptx::barrier_expect(rings.band_queries.full(0), C::kQueryBytes16);
+#pragma unroll
+      for (int panel = 0; panel < C::kPanels16; panel++) {
+        ptx::copy_box(shared + C::kBandQueryAt + panel * kBlockM * kWidth, params.q, panel * 64, item.block * kBlockM,
+                      item.head, item.batch, rings.band_queries.full(0));
+      }
+      band_query.next();
+    };
+    for (int tile = parts.low_tiles - 1; tile >= 0; tile--) {
+      const uint32_t i = slot.index;
+      ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
+      ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes);
+      ptx::copy_bulk(shared + C::kKeyAt + i * C::kKeyStage, p.packed.k + (first_tile + tile) * C::kKeyBytes,
+                     C::kKeyBytes, rings.keys.full(i));
+      if (tile == parts.low_tiles - 1) {  // after the first keys: they do not wait for the item before
+        take_query_buffer(index);
+        ptx::barrier_expect(rings.queries.full(0), C::kQueryBytes);
+        ptx::copy_bulk(
+            shared + C::kQueryAt,
+            p.packed.q + (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * C::kQueryBytes,
+            C::kQueryBytes, rings.queries.full(0));
+      }
+      ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
+      ptx::barrier_expect(rings.values.full(i), C::kBlockN * C::kHeadDim);
+      const uint8_t* const from = p.packed.v + (first_tile + tile) * (C::kBlockN * C::kHeadDim);
+#pragma unroll
+      for (int chunk = 0; chunk < C::kChunks; chunk++) {
+        ptx::copy_bulk(shared + C::kValueAt + i * C::kValueStage + chunk * C::kChunkBytes,
+                       from + chunk * C::kHeadDim * C::kVWidth, C::kHeadDim * C::kVWidth, rings.values.full(i));
+      }
+      slot.next();
+      // When all stages hold this item's tiles, those of the item before are done with their queries.
+      if (tile == max(parts.low_tiles - C::kStages, 0)) copy_band_queries();
+    }
+    if (parts.low_tiles == 0) {
+      take_query_buffer(index);
+      ptx::barrier_arrive(rings.queries.full(0));
+      if (parts.tiles > 0) copy_band_queries();
+    }
     const int kv_head = static_cast<int>(item.kv_plane) - item.batch * p.kv_heads;
     for (int j = 0; j < parts.tiles; j++) {
       const uint32_t i = slot.index;
@@ -286,15 +345,6 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
         ptx::copy_box(shared + C::kKeyAt + i * C::kKeyStage + panel * kBandKeys * kWidth, params.k, panel * 64, first,
                       kv_head, item.batch, rings.keys.full(i));
       }
-      if (j == 0) {  // after the first keys: they do not wait for the item before
-        take_band_queries(index);
-        ptx::barrier_expect(rings.band_queries.full(0), C::kQueryBytes16);
-#pragma unroll
-        for (int panel = 0; panel < C::kPanels16; panel++) {
-          ptx::copy_box(shared + C::kBandQueryAt + panel * kBlockM * kWidth, params.q, panel * 64, item.block * kBlockM,
-                        item.head, item.batch, rings.band_queries.full(0));
-        }
-      }
       ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
       ptx::barrier_expect(rings.values.full(i), C::kTileBytes16);
 #pragma unroll
@@ -304,62 +354,27 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
       }
       slot.next();
     }
-    const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles;
-    for (int tile = parts.low_tiles - 1; tile >= 0; tile--) {
-      const uint32_t i = slot.index;
-      ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
-      ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes);
-      ptx::copy_bulk(shared + C::kKeyAt + i * C::kKeyStage, p.packed.k + (first_tile + tile) * C::kKeyBytes,
-                     C::kKeyBytes, rings.keys.full(i));
-      if (tile == parts.low_tiles - 1) {
-        ptx::barrier_wait(rings.queries.empty(0), query.parity ^ 1);
-        ptx::barrier_expect(rings.queries.full(0), C::kQueryBytes);
-        ptx::copy_bulk(
-            shared + C::kQueryAt,
-            p.packed.q + (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * C::kQueryBytes,
-            C::kQueryBytes, rings.queries.full(0));
-        query.next();
-      }
-      ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
-      ptx::barrier_expect(rings.values.full(i), C::kBlockN * C::kHeadDim);
-      const uint8_t* const from = p.packed.v + (first_tile + tile) * (C::kBlockN * C::kHeadDim);
-#pragma unroll
-      for (int chunk = 0; chunk < C::kChunks; chunk++) {
-        ptx::copy_bulk(shared + C::kValueAt + i * C::kValueStage + chunk * C::kChunkBytes,
-                       from + chunk * C::kHeadDim * C::kVWidth, C::kHeadDim * C::kVWidth, rings.values.full(i));
-      }
-      slot.next();
-    }
-    if (parts.tiles == 0) {
-      take_band_queries(index);
-      ptx::barrier_arrive(rings.band_queries.full(0));
-    }
-    band_query.next();
     // Whoever is free takes the next item. (The reduction, of one lane, keeps it where a warp shares numbers.)
     index = __reduce_or_sync(1u, atomicAdd(p.packed.next_item, 1)) + gridDim.x;
   }
-  take_band_queries(rings.kNoItem);
-  ptx::barrier_arrive(rings.band_queries.full(0));
+  take_query_buffer(rings.kNoItem);
+  ptx::barrier_arrive(rings.queries.full(0));
 }
 
 // ---- a warpgroup that multiplies ------------------------------------------------------------------------------------
 
-// The band's sums, in V's units, become O in units of V's codes.
+// A number of each of a lane's channels of V.
 template <class C>
-__device__ __forceinline__ void to_codes(const Sage2Params& p, uint32_t kv_plane, const float (&band)[C::kHeadDim / 2],
-                                         float (&o)[C::kOutputs], const float (&rescale)[2]) {
-  const float* scales = p.packed.v_scales + static_cast<int64_t>(kv_plane) * C::kHeadDim + 2 * (threadIdx.x % 4);
-  constexpr float kUnshift = static_cast<float>(1 << C::kShift);
+struct Channels {
+  float2 of_pair[C::kHeadDim / 8];
+
+  __device__ __forceinline__ Channels(const float* from, uint32_t kv_plane) {
+    from += static_cast<int64_t>(kv_plane) * C::kHeadDim + 2 * (threadIdx.x % 4);
 #pragma unroll
-  for (int n = 0; n < C::kHeadDim / 8; n++) {
-    const float2 scale = __ldg(reinterpret_cast<const float2*>(scales + 8 * n));
-#pragma unroll
-    for (int r = 0; r < 4; r++) {  // scales are powers of two
-      const float inverse = float_of(0x7f000000u - bits_of(r & 1 ? scale.y : scale.x));
-      o[4 * n + r] = band[4 * n + r] * inverse * (kUnshift * rescale[r >> 1]);
-    }
+    for (int n = 0; n < C::kHeadDim / 8; n++) of_pair[n] = __ldg(reinterpret_cast<const float2*>(from + 8 * n));
   }
-}
+  __device__ __forceinline__ float of(int i) const { return i & 1 ? of_pair[i / 4].y : of_pair[i / 4].x; }
+};
 
 template <class C>
 __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t* shared, uint32_t base,
@@ -387,125 +402,56 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
   Total<C> total;
   total.at = totals + threadIdx.x % 128 * 4 * C::kTotalBytes;
   total.rows = reinterpret_cast<float2*>(shared + C::kRowsAt) + row_of_block();
-  float2* const band_rows = reinterpret_cast<float2*>(shared + C::kBandRowsAt) + row_of_block();
   Slot<C::kStages> slot;
   Slot<1> query, band_query;
   if (C::kTurns && group == kGroups - 1) ptx::turn_pass<128 * kGroups>(1);
 
-  float band_s[kScores], of_mean[2];
+  int s[C::kScores];
   const auto next_course = [&] {
-    ptx::barrier_wait(rings.band_queries.full(0), band_query.parity);
-    band_query.next();
+    ptx::barrier_wait(rings.queries.full(0), query.parity);
+    query.next();
     // The reduction leaves it where the compiler keeps what a warp shares.
     return BandCourse<C>(p, __reduce_or_sync(~0u, rings.items[0]), group);
   };
   // Scores of the first tile, where there is one; else of whatever lies there, which nobody will read.
   const auto issue_first = [&](const BandCourse<C>& of) {
-    if (of.parts.tiles > 0) ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+    if (of.tile >= 0) ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+    wait_turn();
     ptx::product_fence();
-    issue_band_scores<C>(band_s, band_queries, band_keys + slot.index * (C::kKeyStage >> 4));
-    if (of.parts.tiles > 0) {
-      scores_of_mean<C>(params, base + C::kBandQueryAt + (threadIdx.x / 32 * 16) * kWidth, item_at<C>(p, of.index).kv_plane,
-                        of_mean);
-    }
+    issue_scores<C>(s, queries, key_tiles + slot.index * (C::kKeyStage >> 4));
+    pass_turn();
   };
 
   BandCourse<C> course = next_course();
   issue_first(course);
   ptx::product_wait<0>();
-  ptx::pin(band_s);
+  ptx::pin(s);
   while (course.index < p.items) {
     const uint32_t index = course.index;
-    float o[C::kOutputs] = {}, sums[4] = {}, centred[2] = {};
+    float o[C::kOutputs] = {}, sums[4] = {};
     RowState state;
     total.used = false;
     if (course.parts.tiles > 0) {
-      const uint32_t kv_plane = item_at<C>(p, index).kv_plane;
-      const bool bad_values = (__reduce_or_sync(~0u, __ldg(p.packed.flags + kv_plane)) & kValueFlag) != 0;
-      const auto wait_band_values = [&](const Slot<C::kStages>& of) {
-        ptx::barrier_wait(rings.values.full(of.index), of.parity);
-        if (bad_values) {
-          clear_not_finite<C>(base + C::kValueAt + of.index * C::kValueStage + C::kBandValuesAt, group);
-        }
-      };
-      float band_o[C::kHeadDim / 2] = {}, band_sum[2] = {}, rescale[2];
+      float band_s[kScores], band_sum[2] = {}, of_mean[2], rescale[2];
       uint32_t band_weights[kWeights];
-      done(rings.keys.empty(slot.index));
-      softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(0), rescale);
-      pack_weights(band_weights, band_s, C::kHalf == ptx::Half::kF16);
-#pragma unroll 1
-      for (int i = 1; i < course.own_tiles; i++) {
-        const Slot<C::kStages> before = slot;
-        slot.next();
+      const uint32_t first_band_query = base + C::kBandQueryAt + threadIdx.x / 32 * 16 * kWidth;
+      // Scores of the band's first tile.
+      const auto issue_band = [&] {
+        ptx::barrier_wait(rings.band_queries.full(0), band_query.parity);
+        band_query.next();
         ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
-        wait_band_values(before);
-        ptx::pin(band_weights);
         ptx::product_fence();
         issue_band_scores<C>(band_s, band_queries, band_keys + slot.index * (C::kKeyStage >> 4));
-        issue_band_values<C>(band_o, band_weights, band_values + before.index * (C::kValueStage >> 4), i > 1);
-        ptx::product_wait<1>();
-        ptx::pin(band_s);
-        done(rings.keys.empty(slot.index));
-        const bool moved =
-            softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(i), rescale);
-        ptx::product_wait<0>();
-        ptx::pin(band_s);
-        ptx::pin(band_o);
-        done(rings.values.empty(before.index));
-        pack_weights(band_weights, band_s, C::kHalf == ptx::Half::kF16);
-        if (moved) {
-#pragma unroll
-          for (int n = 0; n < C::kHeadDim / 2; n++) band_o[n] *= rescale[n >> 1 & 1];
-        }
-      }
-      done(rings.band_queries.empty(0));
-      const Slot<C::kStages> last = slot;
-      slot.next();
-      if (course.own_tiles < course.parts.tiles) {  // one more, of which no row of this warpgroup sees a key
-        ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
-        ptx::barrier_wait(rings.values.full(slot.index), slot.parity);
-        done(rings.keys.empty(slot.index));
-        done(rings.values.empty(slot.index));
-        slot.next();
-      }
-      rescale[0] = rescale[1] = 1.0f;
-      const auto take_band = [&] {
-        to_codes<C>(p, kv_plane, band_o, o, rescale);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          state.sum[half] = sum_of_quad(band_sum[half]) * rescale[half] * static_cast<float>(1 << C::kShift);
-          band_rows[8 * half] = make_float2(state.sum[half], state.maximum[half]);  // all lanes of a row say the same
-        }
-        __syncwarp();
       };
 
       if (course.tile >= 0) {
         uint32_t weights[C::kWeights];
+        done(rings.keys.empty(slot.index));
         {
-          int s[C::kScores];
           Exponentials<C> e;
-          ptx::barrier_wait(rings.queries.full(0), query.parity);
-          ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
-          wait_band_values(last);
-          wait_turn();
-          ptx::pin(band_weights);
-          ptx::product_fence();
-          issue_scores<C>(s, queries, key_tiles + slot.index * (C::kKeyStage >> 4));
-          issue_band_values<C>(band_o, band_weights, band_values + last.index * (C::kValueStage >> 4),
-                               course.own_tiles > 1);
-          pass_turn();
-          ptx::product_wait<1>();
-          ptx::pin(s);
-          done(rings.keys.empty(slot.index));
-          softmax_low<C>(p, s, e, state, course, rescale);
-          ptx::product_wait<0>();
-          ptx::pin(e.bits);
-          ptx::pin(band_o);
-          done(rings.values.empty(last.index));
+          softmax_low<C>(p, s, e, state, course, true, rescale);
           e.store(weights);
         }
-        take_band();
-        total.add(o, state);
         slot.next();
         int summed = 0;  // tiles in O
         const auto row_sum = [&](int half) { return C::kOnesInV ? o[C::kOutputs - 4 + 2 * half] : sums[2 * half]; };
@@ -520,7 +466,6 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
 
 #pragma unroll 1
         while (--course.tile >= 0) {
-          int s[C::kScores];
           Exponentials<C> e;
           ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
           wait_turn();
@@ -534,7 +479,7 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
           ptx::product_wait<1>();
           ptx::pin(s);
           done(rings.keys.empty(slot.index));
-          const bool moved = softmax_low<C>(p, s, e, state, course, rescale);
+          const bool moved = softmax_low<C>(p, s, e, state, course, false, rescale);
 
           ptx::product_wait<0>();
           ptx::pin(e.bits);
@@ -556,51 +501,119 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
         }
 
         done(rings.queries.empty(0));
-        query.next();
         const Slot<C::kStages> before = slot.previous();
-        ptx::barrier_wait(rings.values.full(before.index), before.parity);
+        const uint32_t kv_plane = item_at<C>(p, index).kv_plane;
         ptx::pin(weights);
-        ptx::product_fence();
+        issue_band();
+        ptx::barrier_wait(rings.values.full(before.index), before.parity);
         issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed);
-        course = next_course();
-        issue_first(course);
+        scores_of_mean<C>(params, first_band_query, kv_plane, of_mean);
+        const Channels<C> scales(p.packed.v_scales, kv_plane);
         ptx::product_wait<1>();
+        ptx::pin(band_s);
+        done(rings.keys.empty(slot.index));
+        RowState low = state;
+        softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(0), rescale);
+        ptx::product_wait<0>();
+        ptx::pin(band_s);
         ptx::pin(o);
         ptx::pin(sums);
+        const Channels<C> means(p.packed.v_mean, kv_plane);
         done(rings.values.empty(before.index));
         const float first[2] = {row_sum(0), row_sum(1)};
-        take_sums();
-        total.finish(o, state);
+        low.sum[0] += first[0], low.sum[1] += first[1];
+        total.finish(o, low);
+        float centred[2], weight[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const float2 in_band = band_rows[8 * half];
-          const float rest = state.sum[half] - in_band.x * shrink(in_band.y, state.maximum[half]) -
-                             (p.whole_mean ? 0.0f : first[half]);
-          centred[half] = rest * reciprocal(state.sum[half]);
+          const float rest = low.sum[half] - first[half];
+          centred[half] = p.whole_mean ? 1.0f : low.sum[half] > 0.0f ? rest * reciprocal(low.sum[half]) : 0.0f;
+          weight[half] = low.sum[half] * rescale[half] * C::kShrunk;
+          if (lane % 4 == 0) band_sum[half] += weight[half];
+        }
+#pragma unroll
+        for (int i = 0; i < C::kHeadDim / 2; i++) {
+          const int half = i >> 1 & 1;
+          o[i] = fmaf(o[i], scales.of(i), means.of(i) * centred[half]) * weight[half];
         }
       } else {
-        wait_band_values(last);
+        done(rings.queries.empty(0));
+        issue_band();
+        scores_of_mean<C>(params, first_band_query, item_at<C>(p, index).kv_plane, of_mean);
+        ptx::product_wait<0>();
+        ptx::pin(band_s);
+        done(rings.keys.empty(slot.index));
+        softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(0), rescale);
+      }
+      pack_weights(band_weights, band_s, C::kHalf == ptx::Half::kF16);
+
+      const auto wait_band_values = [&](const Slot<C::kStages>& of) {
+        ptx::barrier_wait(rings.values.full(of.index), of.parity);
+        if (course.bad_values) {
+          clear_not_finite<C>(base + C::kValueAt + of.index * C::kValueStage + C::kBandValuesAt, group);
+        }
+      };
+#pragma unroll 1
+      for (int i = 1; i < course.own_tiles; i++) {
+        const Slot<C::kStages> before = slot;
+        slot.next();
+        ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+        wait_band_values(before);
         ptx::pin(band_weights);
         ptx::product_fence();
-        issue_band_values<C>(band_o, band_weights, band_values + last.index * (C::kValueStage >> 4),
-                             course.own_tiles > 1);
+        issue_band_scores<C>(band_s, band_queries, band_keys + slot.index * (C::kKeyStage >> 4));
+        issue_band_values<C>(o, band_weights, band_values + before.index * (C::kValueStage >> 4));
+        ptx::product_wait<1>();
+        ptx::pin(band_s);
+        done(rings.keys.empty(slot.index));
+        const bool moved =
+            softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(i), rescale);
         ptx::product_wait<0>();
-        ptx::pin(band_o);
-        done(rings.values.empty(last.index));
-        take_band();
-        total.finish(o, state);
-        course = next_course();
-        issue_first(course);
+        ptx::pin(band_s);
+        ptx::pin(o);
+        done(rings.values.empty(before.index));
+        pack_weights(band_weights, band_s, C::kHalf == ptx::Half::kF16);
+        if (moved) {
+#pragma unroll
+          for (int n = 0; n < C::kHeadDim / 2; n++) o[n] *= rescale[n >> 1 & 1];
+        }
       }
-    } else {
       done(rings.band_queries.empty(0));
+      const Slot<C::kStages> last = slot;
+      slot.next();
+      if (course.own_tiles < course.parts.tiles) {  // one more, of which no row of this warpgroup sees a key
+        ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+        ptx::barrier_wait(rings.values.full(slot.index), slot.parity);
+        done(rings.keys.empty(slot.index));
+        done(rings.values.empty(slot.index));
+        slot.next();
+      }
+      wait_band_values(last);
+      ptx::pin(band_weights);
+      ptx::product_fence();
+      issue_band_values<C>(o, band_weights, band_values + last.index * (C::kValueStage >> 4));
+      course = next_course();
+      issue_first(course);
+      ptx::product_wait<1>();
+      ptx::pin(o);
+      done(rings.values.empty(last.index));
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float sum = sum_of_quad(band_sum[half]);
+        rescale[half] = sum > 0.0f ? reciprocal(sum) : 0.0f;
+        state.sum[half] = sum * (1.0f / C::kShrunk);
+      }
+#pragma unroll
+      for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= rescale[i >> 1 & 1];
+    } else {
+      done(rings.queries.empty(0));
       course = next_course();
       issue_first(course);
     }
     const Item item = item_at<C>(p, index);
-    store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
+    store_rows<C>(p, item, o, state, item.block * kBlockM + row_of_block(), totals);
     ptx::product_wait<0>();
-    ptx::pin(band_s);
+    ptx::pin(s);
   }
 }
 

@@ -94,10 +94,8 @@ struct Sage2Config {
   static constexpr int kValueAt = kKeyAt + kStages * kKeyStage, kTotalAt = kValueAt + kStages * kValueStage;
   // A number of the total.
   static constexpr int kTotalBytes = kHeadDim == 256 || (kHeadDim == 128 && !kFast && !kBand) ? 2 : 4;
-  // With the band, queries of 16 bits and the row sums of the band lie behind it.
-  static constexpr int kBandQueryAt = kTotalAt + kBlockM * kHeadDim * kTotalBytes;
-  static constexpr int kBandRowsAt = kBandQueryAt + kBlockM * kHeadDim * 2;
-  static constexpr int kSharedBytes = kBand ? kBandRowsAt + kBlockM * 8 : kBandQueryAt;
+  static constexpr int kBandQueryAt = kTotalAt + kBlockM * kHeadDim * kTotalBytes;  // queries of 16 bits
+  static constexpr int kSharedBytes = kBandQueryAt + (kBand ? kBlockM * kHeadDim * 2 : 0);
   static constexpr int kScores = kBlockN / 2, kOutputs = kValueWidth / 2, kWeights = kBlockN / 8;  // registers
   static_assert(kSharedBytes <= 232448 && kBlockN % 32 == 0 && kBlockN % kVWidth == 0);
 };
@@ -311,6 +309,7 @@ struct Course {
   float q_scale, next_k_scale;
   static constexpr int kFlagged = -1;  // a key of the plane is not finite
 
+  Course() = default;
   __device__ __forceinline__ Course(const Sage2Params& p, uint32_t index) : index(index) {
     if (index >= p.items) return;
     const Item item = item_at<C>(p, index);
@@ -644,26 +643,34 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int c) {
   }
 }
 
-// o: averages in V's codes; centred: the share of P on values less their mean. `scratch` is the room of the warpgroup's
-// total.
+// o: averages in V's codes; centred: the share of P on values less their mean.
 template <class C>
-__device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& item, float (&o)[C::kOutputs],
-                                           const RowState& state, const float (&centred)[2], int first_row,
-                                           uint8_t* scratch) {
+__device__ __forceinline__ void decode_rows(const Sage2Params& p, const Item& item, float (&o)[C::kOutputs],
+                                            const float (&centred)[2]) {
   const int c = threadIdx.x % 4;
   const float* scales = p.packed.v_scales + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
   const float* means = p.packed.v_mean + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
-  const bool visible_row[2] = {last_key(p, first_row) >= 0, last_key(p, first_row + 8) >= 0};
 #pragma unroll
   for (int n = 0; n < C::kHeadDim / 8; n++) {
     const float2 scale = __ldg(reinterpret_cast<const float2*>(scales + 8 * n));
     const float2 mean = __ldg(reinterpret_cast<const float2*>(means + 8 * n));
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-      const float x = fmaf(o[4 * n + r], r & 1 ? scale.y : scale.x, (r & 1 ? mean.y : mean.x) * centred[r >> 1]);
-      // A mean of values is no larger than the largest; rounding must not take it past what the type holds.
-      o[4 * n + r] = visible_row[r >> 1] ? fminf(fmaxf(x, -p.largest), p.largest) : 0.0f;
+      o[4 * n + r] = fmaf(o[4 * n + r], r & 1 ? scale.y : scale.x, (r & 1 ? mean.y : mean.x) * centred[r >> 1]);
     }
+  }
+}
+
+// o: averages of V. `scratch` is the room of the warpgroup's total.
+template <class C>
+__device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& item, float (&o)[C::kOutputs],
+                                           const RowState& state, int first_row, uint8_t* scratch) {
+  const int c = threadIdx.x % 4;
+  const bool visible_row[2] = {last_key(p, first_row) >= 0, last_key(p, first_row + 8) >= 0};
+#pragma unroll
+  for (int i = 0; i < C::kHeadDim / 2; i++) {
+    // A mean of values is no larger than the largest; rounding must not take it past what the type holds.
+    o[i] = visible_row[i >> 1 & 1] ? fminf(fmaxf(o[i], -p.largest), p.largest) : 0.0f;
   }
   int64_t at[2];
 #pragma unroll
@@ -933,7 +940,8 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       }
     }
     const Item item = item_at<C>(p, index);
-    store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
+    decode_rows<C>(p, item, o, centred);
+    store_rows<C>(p, item, o, state, item.block * kBlockM + row_of_block(), totals);
     if (C::kAhead) {
       ptx::product_wait<0>();
       ptx::pin(s);
