@@ -906,11 +906,14 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
     if (last) rows = RowState{};
     const bool moved = exponentiate<C>(p, factors, s, e, rows, rescale);
     // The compiler moves a wait up as far as it can within a block of code: this branch keeps the exponentials above.
-    if (moved && !last) {
+    // All warps of a warpgroup must wait at the same place, so it is not the one that they decide on by themselves.
+    if (!last) {
       ptx::product_wait<0>();
       ptx::pin(o);
+      if (moved) {
 #pragma unroll
-      for (int i = 0; i < kOutCount; i++) o[i] *= rescale[i / 2 % 2];
+        for (int i = 0; i < kOutCount; i++) o[i] *= rescale[i / 2 % 2];
+      }
     }
     ptx::product_wait<0>();
     ptx::pin(e);

@@ -784,6 +784,10 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   const auto done = [&](uint32_t barrier) {
     if (lane == 0) ptx::barrier_arrive(barrier);
   };
+  const auto release_queries = [&](uint32_t buffer) {
+    __syncwarp();  // every lane has read whose queries they are
+    done(rings.queries.empty(buffer));
+  };
   const auto wait_turn = [&] {
     if (C::kTurns) ptx::turn_wait<128 * kGroups>(1 + group);
   };
@@ -888,7 +892,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         slot.next();
       }
 
-      done(rings.queries.empty(query.index));
+      release_queries(query.index);
       query.next();
       const Slot<C::kStages> before = slot.previous();
       ptx::barrier_wait(rings.values.full(before.index), before.parity);
@@ -914,7 +918,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         centred[half] = p.whole_mean ? 1.0f : state.sum[half] > 0.0f ? rest * reciprocal(state.sum[half]) : 0.0f;
       }
     } else {
-      done(rings.queries.empty(query.index));
+      release_queries(query.index);
       query.next();
       if (C::kAhead) {
         course = next_course();
