@@ -273,37 +273,56 @@ __global__ void __launch_bounds__(C::kThreads) decode_kernel(const __grid_consta
   }
 }
 
-// Adds up the parts of a row: one warp a row.
-__global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ DecodeParams p, int64_t rows) {
-  const int lane = threadIdx.x % 32;
-  const int64_t index = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
-  if (index >= rows) return;
-  const int row = static_cast<int>(index % kDecodeRows);
-  const int64_t block = index / kDecodeRows;
+// Over the block; `shared` holds a value a warp.
+template <class Join>
+__device__ __forceinline__ float join_block(float x, float* shared, Join join) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = join(x, __shfl_xor_sync(~0u, x, step));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  return join(join(shared[0], shared[1]), join(shared[2], shared[3]));
+}
+
+// Adds up the parts of a row: a block each, whose warps take parts in turn.
+__global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ float weights[kMostSplits], sums[4][256], scratch[4];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x % kDecodeRows;
+  const int64_t block = blockIdx.x / kDecodeRows;
   const int row_block = static_cast<int>(block % p.row_blocks), plane = static_cast<int>(block / p.row_blocks);
-  const int batch = plane / p.kv_heads, kv_head = plane % p.kv_heads;
-  const Row of(p, kv_head, row_block * kDecodeRows + row);
+  const Row of(p, plane % p.kv_heads, row_block * kDecodeRows + row);
   if (!of.exists) return;
   const int64_t first = block * p.splits * kDecodeRows + row;
   float most = -INFINITY, total = 0.0f;
-  for (int split = lane; split < p.splits; split += 32) most = fmaxf(most, p.part_lse[first + split * kDecodeRows]);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+  for (int split = threadIdx.x; split < p.splits; split += 128) {
+    weights[split] = p.part_lse[first + split * kDecodeRows];
+    most = fmaxf(most, weights[split]);
+  }
+  most = join_block(most, scratch, [](float a, float b) { return fmaxf(a, b); });
+  for (int split = threadIdx.x; split < p.splits; split += 128) {
+    const float own = weights[split];
+    weights[split] = own == -INFINITY ? 0.0f : exp2f(own - most);
+    total += weights[split];
+  }
+  total = join_block(total, scratch, [](float a, float b) { return a + b; });
+
   float value[8] = {};
-  for (int split = 0; split < p.splits; split++) {
-    const int64_t at = first + split * kDecodeRows;
-    const float own = p.part_lse[at], weight = own == -INFINITY ? 0.0f : exp2f(own - most);
-    if (weight == 0.0f) continue;
-    total += weight;
+#pragma unroll 4
+  for (int split = warp; split < p.splits; split += 4) {
+    const float* const part = p.parts + (first + split * kDecodeRows) * p.v_dim;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (i * 32 + lane < p.v_dim) value[i] += weight * p.parts[at * p.v_dim + i * 32 + lane];
+      const int channel = i * 32 + lane;
+      const float x = channel < p.v_dim ? part[channel] : 0.0f;
+      value[i] += weights[split] == 0.0f ? 0.0f : weights[split] * x;  // x may be infinite
     }
   }
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const int channel = i * 32 + lane;
-    if (channel < p.v_dim) store_result(p, batch, of, channel, value[i] / total, most + log2f(total));
+  for (int i = 0; i < 8; i++) sums[warp][i * 32 + lane] = value[i];
+  __syncthreads();
+  for (int channel = threadIdx.x; channel < p.v_dim; channel += 128) {
+    const float sum = (sums[0][channel] + sums[1][channel]) + (sums[2][channel] + sums[3][channel]);
+    store_result(p, plane / p.kv_heads, of, channel, sum / total, most + log2f(total));
   }
 }
 
@@ -363,8 +382,7 @@ void launch_decode(const AttentionOp& op, void* workspace, cudaStream_t stream) 
     launch_for<ptx::Operand::kBF16>(p, op.plan.padded_head_dim, blocks * p.splits, stream);
   }
   if (p.splits == 1) return;
-  const int64_t rows = blocks * kDecodeRows;
-  merge_kernel<<<static_cast<unsigned>((rows + 3) / 4), 128, 0, stream>>>(p, rows);
+  merge_kernel<<<static_cast<unsigned>(blocks * kDecodeRows), 128, 0, stream>>>(p);
   SAGE_CUDA(cudaGetLastError());
 }
 

@@ -8,7 +8,7 @@
 namespace sage::cuda {
 
 // Queries of all heads that share a KV head are rows of one tile.
-constexpr int kDecodeRows = 16, kDecodeKeys = 64;
+constexpr int kDecodeRows = 16, kDecodeKeys = 64, kMostSplits = 512;
 
 inline int64_t decode_row_blocks(const AttentionShape& shape) {
   const int64_t rows = shape.q_heads / shape.kv_heads * shape.q_tokens;
@@ -25,7 +25,7 @@ inline bool decodes(const AttentionShape& shape) {
 inline int decode_splits(const AttentionShape& shape, int multiprocessors) {
   constexpr int64_t kLeastKeys = 4 * kDecodeKeys;
   const int64_t blocks = shape.batch * shape.kv_heads * decode_row_blocks(shape);
-  const int64_t wanted = std::max<int64_t>(2 * int64_t{multiprocessors} / blocks, 1);
+  const int64_t wanted = std::clamp<int64_t>(2 * int64_t{multiprocessors} / blocks, 1, kMostSplits);
   const int64_t most = std::max<int64_t>(shape.k_tokens / kLeastKeys, 1);
   const int64_t tiles = (shape.k_tokens + kDecodeKeys - 1) / kDecodeKeys;
   const int64_t tiles_each = (tiles + std::min(wanted, most) - 1) / std::min(wanted, most);

@@ -727,7 +727,7 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
   Slot<C::kQueryBuffers> query;
   const auto take_query_buffer = [&](uint32_t index) {
     ptx::barrier_wait(rings.queries.empty(query.index), query.parity ^ 1);
-    rings.items[query.index] = index;
+    atomicExch(rings.items + query.index, index);  // atomic for racecheck, which does not follow barriers like these
   };
   for (uint32_t index = blockIdx.x; index < p.items;) {
     const Item item = item_at<C>(p, index);
@@ -815,7 +815,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   const auto next_course = [&] {
     ptx::barrier_wait(rings.queries.full(query.index), query.parity);
     // The reduction leaves it where the compiler keeps what a warp shares.
-    return Course<C>(p, __reduce_or_sync(~0u, rings.items[query.index]));
+    return Course<C>(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.items + query.index, 0u) : 0u));
   };
 
   Course<C> course = next_course();
