@@ -24,6 +24,7 @@ import {
   optionNames,
   writeOptions,
 } from "./options.ts";
+import { checkLayer, followPlan, type LayerShape } from "./precision_plan.ts";
 import type { Stream } from "./stream.ts";
 import {
   denseGeometry,
@@ -179,6 +180,7 @@ function run(
   k: Tensor,
   v: Tensor,
   options: AttentionOptions & LseOption,
+  layer?: LayerShape,
 ): Tensor<FloatDType> | AttentionWithLse {
   checkAttentionOptions(action, options, known);
   const { storage: { stream }, geometry, bytes } = interiorOf(action, "q", q);
@@ -186,6 +188,7 @@ function run(
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   const [batch, heads, tokens] = geometry.shape;
   checkShapes(action, geometry.shape, kInside.geometry.shape, vInside.geometry.shape);
+  if (layer) checkLayer(action, layer, geometry.shape, vInside.geometry.shape);
   const results = makeResults(
     action,
     q.device,
@@ -270,7 +273,8 @@ export function attention(
   v: Tensor,
   options: AttentionOptions & LseOption = {},
 ): Tensor<FloatDType> | AttentionWithLse {
-  return run("sage_attention", optionNames.attention, q, k, v, options);
+  const followed = followPlan(action, options);
+  return run("sage_attention", optionNames.attention, q, k, v, followed.options, followed.layer);
 }
 
 /**
@@ -410,7 +414,8 @@ export function explain(
 ): AttentionPlan {
   const action = "explain attention";
   checkOptions(action, options, [...optionNames.attention, "device"]);
-  const { device = q instanceof Tensor ? q.device : undefined, ...rest } = options;
+  const { device = q instanceof Tensor ? q.device : undefined, ...given } = options;
+  const { options: rest, layer, reason } = followPlan(action, given);
   checkAttentionOptions(action, rest, optionNames.attention);
   const stream = streamOf(action, "device", device as Device);
   const [qSpec, kSpec, vSpec] = [["q", q], ["k", k], ["v", v]].map(([name, tensor]) =>
@@ -418,6 +423,7 @@ export function explain(
   );
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   checkShapes(action, qSpec.geometry.shape, kSpec.geometry.shape, vSpec.geometry.shape);
+  if (layer) checkLayer(action, layer, qSpec.geometry.shape, vSpec.geometry.shape);
   const [batch, heads, tokens] = qSpec.geometry.shape;
   const outShape: Shape = [batch, heads, tokens, vSpec.geometry.shape[3]];
   checkOut(action, stream, outShape, rest);
@@ -427,7 +433,7 @@ export function explain(
   call.setStruct(attentionStruct.o, specify(action, "out", out, stream).bytes);
   plan.reset();
   unwrap(stream.native.sage_explain(call.bytes, plan.bytes, errorBytes, errorSize));
-  return readPlan();
+  return { ...readPlan(), ...reason !== undefined && { reason } };
 }
 
 function specify(
