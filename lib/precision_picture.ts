@@ -29,6 +29,11 @@ class Strength {
   }
 }
 
+/** Grey comes last: it is that of the scale. */
+function colour(rung: number): string {
+  return `k${(rung + 1) % seriesColours}`;
+}
+
 function short(value: number): string {
   return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3);
 }
@@ -62,7 +67,7 @@ export function drawPlan({ model, metric, ladder, entries }: PrecisionPlanDocume
         `class="halo" text-anchor="middle" pointer-events="none"`,
       )
       : "";
-    return `<rect class="k${rung % seriesColours}" x="${x.toFixed(1)}" y="${y.toFixed(1)}" ` +
+    return `<rect class="${colour(rung)}" x="${x.toFixed(1)}" y="${y.toFixed(1)}" ` +
       `width="${(width - 1).toFixed(1)}" height="${(height - 1).toFixed(1)}" ` +
       `fill-opacity="${strength.of(error).toFixed(2)}"><title>${
         escape(about)
@@ -88,25 +93,26 @@ export function drawPlan({ model, metric, ladder, entries }: PrecisionPlanDocume
   );
 
   const right = left + wide + gap;
+  const counted = 20 + 7.6 * (Math.max(...rungs.map((name) => name.length)) + 4);
   const legend = rungs.map((name, i) => {
     const y = top + 20 * i, count = entries.filter(({ chosen }) => chosen === name).length;
-    return `<rect class="k${i % seriesColours}" x="${right}" y="${y}" width="14" height="14"/>` +
+    return `<rect class="${colour(i)}" x="${right}" y="${y}" width="14" height="14"/>` +
       text(right + 20, y + 12, `${i + 1}  ${name}`, `class="label"`) +
-      text(right + 20 + 7.6 * (name.length + 4), y + 12, `${count} of ${entries.length}`);
+      text(right + counted, y + 12, `${count} of ${entries.length}`);
   });
   const scaleTop = top + 20 * rungs.length + 12;
   const scale = [0, 1, 2, 3, 4, 5].map((i) =>
-    `<rect class="k0" x="${right + 18 * i}" y="${scaleTop + 8}" width="18" height="10" ` +
+    `<rect class="faint" x="${right + 18 * i}" y="${scaleTop + 8}" width="18" height="10" ` +
     `fill-opacity="${(faintest + i / 5 * (1 - faintest)).toFixed(2)}"/>`
   );
   const error = metric === "relativeL1" || metric === "rmse" ? metric : `1 − ${metric}`;
-  const longest = Math.max(...rungs.map((name) => name.length)) * 7.6 + 120;
+  const title = `Precision plan${model.name && `: ${model.name}`}`;
   return svgDocument(
-    Math.round(right + Math.max(longest, 190) + gap),
+    Math.round(Math.max(right + counted + 76 + gap, 2 * gap + 10.2 * title.length, 480)),
     Math.round(Math.max(top + high + 40, scaleTop + 56)),
     "Recipe and error of every layer and time step",
     [
-      text(gap, 34, `Precision plan${model.name && `: ${model.name}`}`, `class="title"`),
+      text(gap, 34, title, `class="title"`),
       text(
         gap,
         60,
