@@ -172,9 +172,9 @@ function total(
   best: PrecisionTotals,
 ): string {
   const share = Math.round(100 * milliseconds! / best.milliseconds!);
-  return `  ${name.padEnd(26)}${milliseconds!.toFixed(2).padStart(8)} ms   mean ${
-    short(mean)
-  }, worst ${short(worst)}`;
+  return `  ${name.padEnd(26)}${milliseconds!.toFixed(2).padStart(8)} ms ${
+    String(share).padStart(4)
+  } %   mean ${short(mean)}, worst ${short(worst)}`;
 }
 
 function report(plan: PrecisionPlan): void {
@@ -193,7 +193,7 @@ function report(plan: PrecisionPlan): void {
   const { chosen, cheapest, best } = plan.summary();
   console.log(total("as planned", chosen, best));
   console.log(total(`all ${rungs[0]}`, cheapest, best));
-  console.log(total(`all ${rungs.at(-1)}`, best));
+  console.log(total(`all ${rungs.at(-1)}`, best, best));
 }
 
 /** Attends with a plan that comes from a file, on the first sample; says how far off that is. */

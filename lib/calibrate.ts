@@ -5,7 +5,12 @@ import { Device } from "./device.ts";
 import { type FloatDType, type TensorData, toFloat32 } from "./dtype.ts";
 import { UnsupportedError } from "./errors.ts";
 import { buildInfo } from "./library.ts";
-import type { AttentionOptions, FlashAttentionOptions, Recipe } from "./options.ts";
+import {
+  type AttentionOptions,
+  type FlashAttentionOptions,
+  optionNames,
+  type Recipe,
+} from "./options.ts";
 import {
   checkRecipe,
   type LayerShape,
@@ -130,16 +135,14 @@ function checkCalibrateOptions(options: CalibrateOptions): void {
   }
 }
 
-/** What a sample's own options may be: those of a flash attention that writes nowhere in particular. */
-const sampleOptions = (options: CalibrationSample["options"]): AttentionOptions => {
-  for (const name of ["out", "outDtype", "returnLse"]) {
-    if (options && name in options) {
-      const value = (options as Record<string, unknown>)[name];
-      throw new TypeError(cannot(action, `${name} of a sample's options`, "be absent", value));
-    }
-  }
-  return options ?? {};
-};
+/** A sample's own options: those of a flash attention that writes nowhere in particular. */
+function ownOptions({ options = {} }: CalibrationSample, index: number): AttentionOptions {
+  const known = optionNames.flash.filter((name) =>
+    !["out", "outDtype", "returnLse"].includes(name)
+  );
+  checkOptions(`calibrate with the options of sample ${index}`, options, known);
+  return options;
+}
 
 /** The layer's tensors; refuses a sample that is none. */
 function shapeOf(sample: CalibrationSample, index: number, model: ModelSignature): LayerShape {
@@ -394,7 +397,7 @@ export async function calibrate(
   let done = 0, deviceName = "";
   for await (const sample of samples) {
     const shape = shapeOf(sample, done, model), pair = findings.pairOf(sample, done, shape);
-    const { layer, timestep, q, k, v } = sample, own = sampleOptions(sample.options);
+    const { layer, timestep, q, k, v } = sample, own = ownOptions(sample, done);
     for (const recipe of ladder) explain(q, k, v, { ...own, ...recipe });
     deviceName ||= q.device.info.name;
     const expected = await exact.run(sample);
@@ -406,7 +409,8 @@ export async function calibrate(
     const measured: Measured[] = [];
     for (const recipe of ladder) measured.push(await measure(sample, recipe, expected, repeats));
     pair.samples.push(measured);
-    onProgress?.({ done: ++done, total, layer, timestep });
+    ++done;
+    onProgress?.({ done, total, layer, timestep });
   }
   if (done === 0) throw new RangeError(cannot(action, "samples", "not be empty", []));
   const layers = [...findings.layers.values()].sort((a, b) => a.layer - b.layer);

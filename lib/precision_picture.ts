@@ -35,6 +35,7 @@ function colour(rung: number): string {
 }
 
 function short(value: number): string {
+  if (!Number.isFinite(value)) return "not finite";
   return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3);
 }
 

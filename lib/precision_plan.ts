@@ -504,9 +504,8 @@ export class PrecisionPlan {
     }
     if (!needed) return entries![0];
     let nearest = 0;
-    steps.forEach((step, i) => {
-      if (Math.abs(step! - timestep!) < Math.abs(steps[nearest]! - timestep!)) nearest = i;
-    });
+    const between = (i: number) => steps[i]! / 2 + steps[i + 1]! / 2;
+    while (nearest + 1 < steps.length && timestep! > between(nearest)) ++nearest;
     return entries![nearest];
   }
 
