@@ -200,8 +200,8 @@ function report(plan: PrecisionPlan): void {
 async function tryOut(path: string, device: Device, captures: readonly Capture[]): Promise<void> {
   const plan = PrecisionPlan.parse(await Deno.readTextFile(path));
   for await (const { layer, timestep, q, k, v, options } of samples(device, captures.slice(0, 1))) {
-    using planned = attention(q, k, v, { ...options, plan, layer, timestep, outDtype: "f16" });
-    using exact = attention(q, k, v, { ...options, kernel: "flash", outDtype: "f16" });
+    using planned = attention(q, k, v, { ...options, plan, layer, timestep, outDtype: "f32" });
+    using exact = attention(q, k, v, { ...options, kernel: "flash", outDtype: "f32" });
     const { reason } = explain(q, k, v, { ...options, plan, layer, timestep });
     console.log(`  loaded again: ${reason}`);
     const error = relativeL1(await planned.data(), await exact.data());
