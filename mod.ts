@@ -70,8 +70,6 @@ export type {
   Granularity,
   Kernel,
   LseOption,
-  PlanOptions,
-  Recipe,
 } from "./lib/options.ts";
 export {
   type LayerShape,
@@ -93,6 +91,7 @@ export {
   sageAttentionPolicy,
   type ShareBudget,
 } from "./lib/precision_policy.ts";
+export type { PlanOptions, Recipe } from "./lib/recipe.ts";
 export {
   attentionQuantized,
   dequantize,

@@ -24,7 +24,8 @@ import {
   optionNames,
   writeOptions,
 } from "./options.ts";
-import { checkLayer, followPlan, type LayerShape } from "./precision_plan.ts";
+import { checkLayer, followPlan } from "./precision_plan.ts";
+import { planNames } from "./recipe.ts";
 import type { Stream } from "./stream.ts";
 import {
   denseGeometry,
@@ -146,6 +147,7 @@ export function showResults(results: Results): Tensor<FloatDType> | AttentionWit
 
 // ---- attention ----------------------------------------------------------------------------------------
 
+const attentionNames = [...optionNames.attention, ...planNames];
 const call = new Struct(attentionStruct.size);
 
 /** A sage_attention_call without results. */
@@ -180,7 +182,6 @@ function run(
   k: Tensor,
   v: Tensor,
   options: AttentionOptions & LseOption,
-  layer?: LayerShape,
 ): Tensor<FloatDType> | AttentionWithLse {
   checkAttentionOptions(action, options, known);
   const { storage: { stream }, geometry, bytes } = interiorOf(action, "q", q);
@@ -188,7 +189,6 @@ function run(
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   const [batch, heads, tokens] = geometry.shape;
   checkShapes(action, geometry.shape, kInside.geometry.shape, vInside.geometry.shape);
-  if (layer) checkLayer(action, layer, geometry.shape, vInside.geometry.shape);
   const results = makeResults(
     action,
     q.device,
@@ -273,8 +273,12 @@ export function attention(
   v: Tensor,
   options: AttentionOptions & LseOption = {},
 ): Tensor<FloatDType> | AttentionWithLse {
-  const followed = followPlan(action, options);
-  return run("sage_attention", optionNames.attention, q, k, v, followed.options, followed.layer);
+  const { options: followed, layer } = followPlan(action, options);
+  if (layer) {
+    const [qInside, vInside] = [interiorOf(action, "q", q), interiorOf(action, "v", v)];
+    checkLayer(action, layer, qInside.geometry.shape, vInside.geometry.shape);
+  }
+  return run("sage_attention", attentionNames, q, k, v, followed);
 }
 
 /**
@@ -413,17 +417,17 @@ export function explain(
   options: ExplainOptions = {},
 ): AttentionPlan {
   const action = "explain attention";
-  checkOptions(action, options, [...optionNames.attention, "device"]);
+  checkOptions(action, options, [...attentionNames, "device"]);
   const { device = q instanceof Tensor ? q.device : undefined, ...given } = options;
   const { options: rest, layer, reason } = followPlan(action, given);
-  checkAttentionOptions(action, rest, optionNames.attention);
+  checkAttentionOptions(action, rest, attentionNames);
   const stream = streamOf(action, "device", device as Device);
   const [qSpec, kSpec, vSpec] = [["q", q], ["k", k], ["v", v]].map(([name, tensor]) =>
     specify(action, name as string, tensor as Tensor | TensorSpec, stream)
   );
+  if (layer) checkLayer(action, layer, qSpec.geometry.shape, vSpec.geometry.shape);
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   checkShapes(action, qSpec.geometry.shape, kSpec.geometry.shape, vSpec.geometry.shape);
-  if (layer) checkLayer(action, layer, qSpec.geometry.shape, vSpec.geometry.shape);
   const [batch, heads, tokens] = qSpec.geometry.shape;
   const outShape: Shape = [batch, heads, tokens, vSpec.geometry.shape[3]];
   checkOut(action, stream, outShape, rest);

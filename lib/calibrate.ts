@@ -5,12 +5,7 @@ import { Device } from "./device.ts";
 import { type FloatDType, type TensorData, toFloat32 } from "./dtype.ts";
 import { UnsupportedError } from "./errors.ts";
 import { buildInfo } from "./library.ts";
-import {
-  type AttentionOptions,
-  type FlashAttentionOptions,
-  optionNames,
-  type Recipe,
-} from "./options.ts";
+import { type AttentionOptions, type FlashAttentionOptions, optionNames } from "./options.ts";
 import {
   checkRecipe,
   type LayerShape,
@@ -28,6 +23,7 @@ import {
   type PrecisionScores,
   score,
 } from "./precision_policy.ts";
+import type { Recipe } from "./recipe.ts";
 import { interiorOf, Tensor } from "./tensor.ts";
 
 /** Q, K and V of one layer of a model, as they enter attention, and the options that the model attends with. */

@@ -11,7 +11,7 @@ import {
   type Struct,
   switchNumber,
 } from "./ffi.ts";
-import type { PrecisionPlan } from "./precision_plan.ts";
+import type { PlanOptions } from "./recipe.ts";
 import type { Tensor } from "./tensor.ts";
 
 /**
@@ -90,19 +90,6 @@ export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
   exponential?: "exact" | "fast";
 }
 
-/** Which recipe of a precision plan to follow. */
-export interface PlanOptions {
-  /**
-   * Takes kernel, granularity, smoothing and whatever else decides about precision from a plan, as
-   * {@linkcode calibrate} makes it. Such options beside it must be absent or say what it says.
-   */
-  plan?: PrecisionPlan;
-  /** Which layer of the plan's model this is; needed with `plan`. */
-  layer?: number;
-  /** Which time step this is: of those in the plan the nearest counts; needed where it has any for the layer. */
-  timestep?: number;
-}
-
 /** Options of {@linkcode attention}. */
 export interface AttentionOptions<O extends FloatDType = FloatDType>
   extends Omit<AttentionQuantizedOptions<O>, "kernel">, PlanOptions {
@@ -121,33 +108,13 @@ export interface AttentionOptions<O extends FloatDType = FloatDType>
 const flashNames = ["causal", "scale", "out", "outDtype", "returnLse"];
 const quantizedNames = [...flashNames, "kernel", "pvAccumulator", "pvRange", "exponential"];
 const attentionNames = [...quantizedNames, "granularity", "smoothQ", "smoothK", "smoothV"];
-const planNames = ["plan", "layer", "timestep"];
 
 /** The options that each function knows. */
 export const optionNames = {
   flash: flashNames,
   quantized: quantizedNames,
-  attention: [...attentionNames, ...planNames],
+  attention: attentionNames,
 } as const;
-
-/**
- * How one call of {@linkcode attention} computes: its options that decide about precision and speed, and not about
- * what is computed.
- */
-export type Recipe =
-  & Omit<
-    AttentionOptions,
-    keyof FlashAttentionOptions | keyof PlanOptions | "kernel"
-  >
-  & {
-    /** How to compute; a recipe leaves nothing to chance. */
-    kernel: Exclude<Kernel, "auto">;
-  };
-
-/** The options of a {@linkcode Recipe}: those that change how attention is computed, not what. */
-export const recipeNames: readonly string[] = attentionNames.filter((name) =>
-  !flashNames.includes(name)
-);
 
 /** Every kernel. */
 export const kernels = Object.keys(kernelNumbers) as readonly Kernel[];

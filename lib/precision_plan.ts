@@ -5,9 +5,6 @@ import {
   checkAttentionOptions,
   kernels,
   type LseOption,
-  type PlanOptions,
-  type Recipe,
-  recipeNames,
 } from "./options.ts";
 import { drawPlan } from "./precision_picture.ts";
 import {
@@ -19,6 +16,7 @@ import {
   type PrecisionScores,
   type ShareBudget,
 } from "./precision_policy.ts";
+import { type PlanOptions, type Recipe, recipeNames } from "./recipe.ts";
 import type { Shape } from "./tensor.ts";
 
 // ---- the document -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // Choosing recipes: what scores mean, and which rung of a ladder each layer and time step gets for a threshold or budget.
 import { cannot, checkOptions } from "./check.ts";
 import { cosine, relativeL1, rmse } from "./metrics.ts";
-import type { Recipe } from "./options.ts";
+import type { Recipe } from "./recipe.ts";
 
 /**
  * How far an output O′ is from the reference O.

@@ -564,6 +564,17 @@ Deno.test("toSVG() draws large plans, equal errors and scores that are not finit
   assertMatch(svg, /layer 0, time step 5: sage1, error not finite/);
 });
 
+Deno.test("the plan in docs/ can be read, and its picture and figures are its own", async () => {
+  const read = (path: string) => Deno.readTextFile(new URL(`../docs/${path}`, import.meta.url));
+  const documented = PrecisionPlan.parse(await read("plans/tinyllama.json"));
+  assertEquals(await read("plans/tinyllama.svg"), documented.toSVG());
+  const guide = await read("adaptive-precision.md");
+  for (const { layer, candidates } of documented.entries) {
+    const figures = candidates.map(({ scores }) => scores.relativeL1!.toFixed(4).slice(1));
+    assertMatch(guide, new RegExp(`\\| layer ${layer} +\\| +${figures.join(" +\\\\| +")} +\\|`));
+  }
+});
+
 Deno.test("toString() says what a plan runs", () => {
   assertEquals(
     String(plan),
