@@ -327,7 +327,8 @@ struct QuantizedTypes {
 QuantizedTypes quantized_types(int32_t kernel) {
   switch (kernel) {
     case SAGE_KERNEL_SAGE1: return {DType::kI8, false, DType::kF16};
-    case SAGE_KERNEL_SAGE1_INT8: return {DType::kI8, true, DType::kI8};
+    case SAGE_KERNEL_SAGE1_INT8:
+    case SAGE_KERNEL_SAGE_INT8: return {DType::kI8, true, DType::kI8};
     case SAGE_KERNEL_SAGE2_INT4: return {DType::kI4, true, DType::kE4M3};
     default: return {DType::kI8, true, DType::kE4M3};
   }

@@ -26,6 +26,18 @@ void check_tokens(const AttentionShape& shape) {
                                   " tokens on a CUDA device: current value is " + std::to_string(tokens) + ".");
 }
 
+// What only the CPU device has.
+void check_beyond(const Plan& plan, const AttentionShape& shape) {
+  constexpr const char* kMust = "off (1) on a CUDA device (kernel flash is exact), or the device must be the CPU";
+  if (plan.rotate) refuse("options.rotate", kMust, "on (2)");
+  if (plan.band) refuse("options.band", kMust, "on (2)");
+  if (plan.first_token) refuse("options.first_token", kMust, "on (2)");
+  if (plan.k_mean_rows < shape.k_tokens) {
+    refuse("options.k_mean_rows", "0 on a CUDA device (kernel flash is exact), or the device must be the CPU",
+           std::to_string(plan.k_mean_rows));
+  }
+}
+
 // sage2 on sm_90a.
 void set_hopper_tiles(const AttentionShape& shape, Plan& plan) {
   if (plan.granularity != SAGE_GRANULARITY_THREAD) {
@@ -125,6 +137,7 @@ Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device,
 bool cuda_fast_exponential(const AttentionShape&, const DeviceTraits& device) { return is_hopper(device); }
 
 void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  check_beyond(plan, shape);
   set_cuda_tiles(shape, device, plan);
   choose_hopper_kernel(shape, device, plan);
   if (plan.kernel == Kernel::kFlash) {

@@ -54,8 +54,9 @@ static void check_option(const char* name, int32_t value, int32_t first, int32_t
 
 void check_options(const sage_attention_options& options) {
   constexpr const char* kSwitch = "be default (0), off (1) or on (2)";
-  check_option("kernel", options.kernel, SAGE_KERNEL_AUTO, SAGE_KERNEL_SAGE2PP,
-               "be auto (0), flash (1), sage1 (2), sage1-int8 (3), sage2 (4), sage2-int4 (5) or sage2++ (6)");
+  check_option("kernel", options.kernel, SAGE_KERNEL_AUTO, SAGE_KERNEL_SAGE_INT8,
+               "be auto (0), flash (1), sage1 (2), sage1-int8 (3), sage2 (4), sage2-int4 (5), sage2++ (6) or sage-int8 "
+               "(7)");
   check_option("causal", options.causal, 0, 1, "be 0 or 1");
   check_option("granularity", options.granularity, SAGE_GRANULARITY_DEFAULT, SAGE_GRANULARITY_THREAD,
                "be default (0), token (1), block (2), warp (3) or thread (4)");
@@ -70,9 +71,13 @@ void check_options(const sage_attention_options& options) {
                "be default (0), exact (1) or fast (2)");
   check_option("alignment", options.alignment, 0, 0, "be 0");
   check_option("windowed", options.windowed, 0, 0, "be 0");
-  check_option("rotate", options.rotate, 0, 0, "be 0");
-  check_option("band", options.band, 0, 0, "be 0");
-  check_option("first_token", options.first_token, 0, 0, "be 0");
+  check_option("rotate", options.rotate, SAGE_DEFAULT, SAGE_ON, kSwitch);
+  check_option("band", options.band, SAGE_DEFAULT, SAGE_ON, kSwitch);
+  check_option("first_token", options.first_token, SAGE_DEFAULT, SAGE_ON, kSwitch);
+  if (options.k_mean_rows % kBandKeys != 0) {
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.k_mean_rows",
+                                            "be a multiple of 64, or 0 for one mean of all keys", options.k_mean_rows));
+  }
   if (!std::isfinite(options.scale) || options.scale < 0) {
     SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.scale", "be positive and finite, or 0 for 1/sqrt(D)",
                                             std::to_string(options.scale)));
@@ -82,11 +87,20 @@ void check_options(const sage_attention_options& options) {
 void check_quantized_options(const sage_attention_options& options) {
   constexpr const char* kSwitch = "be default (0) for quantized tensors, as the means given decide";
   check_options(options);
-  check_option("kernel", options.kernel, SAGE_KERNEL_SAGE1, SAGE_KERNEL_SAGE2PP,
-               "be sage1 (2), sage1-int8 (3), sage2 (4), sage2-int4 (5) or sage2++ (6) for quantized tensors");
+  check_option("kernel", options.kernel, SAGE_KERNEL_SAGE1, SAGE_KERNEL_SAGE_INT8,
+               "be sage1 (2), sage1-int8 (3), sage2 (4), sage2-int4 (5), sage2++ (6) or sage-int8 (7) for quantized "
+               "tensors");
   check_option("smooth_q", options.smooth_q, SAGE_DEFAULT, SAGE_DEFAULT, kSwitch);
   check_option("smooth_k", options.smooth_k, SAGE_DEFAULT, SAGE_DEFAULT, kSwitch);
   check_option("smooth_v", options.smooth_v, SAGE_DEFAULT, SAGE_DEFAULT, kSwitch);
+  constexpr const char* kNumbersOnly = "be default (0) for quantized tensors, as it needs the numbers they stand for";
+  check_option("rotate", options.rotate, SAGE_DEFAULT, SAGE_DEFAULT, kNumbersOnly);
+  check_option("band", options.band, SAGE_DEFAULT, SAGE_DEFAULT, kNumbersOnly);
+  check_option("first_token", options.first_token, SAGE_DEFAULT, SAGE_DEFAULT, kNumbersOnly);
+  if (options.k_mean_rows != 0) {
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.k_mean_rows",
+                                            "be 0 for quantized tensors, as k_mean has one row", options.k_mean_rows));
+  }
 }
 
 // ---- one tensor -----------------------------------------------------------------------------------------

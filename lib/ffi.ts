@@ -148,6 +148,7 @@ export const kernelNumbers = {
   "sage2": 4,
   "sage2-int4": 5,
   "sage2++": 6,
+  "sage-int8": 7,
 } as const;
 
 /** Granularities by their public name; 0 is the default. */

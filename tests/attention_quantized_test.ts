@@ -51,7 +51,7 @@ deviceTest("attentionQuantized() agrees with the definition", async (device) => 
         using kCodes = quantize(k, { operand: "key", dtype, granularity, smooth: true });
         using values = kernel === "sage1" ? smooth(v) : quantize(v, {
           operand: "value",
-          dtype: kernel === "sage1-int8" ? "i8" : "e4m3",
+          dtype: kernel.endsWith("int8") ? "i8" : "e4m3",
           range: kernel === "sage2++" ? 9 : undefined,
           smooth: granularity === "warp",
         });
@@ -98,7 +98,7 @@ async function runQuantized(
     ? { 448: 2.25, 224: 4.5, 112: 9 }[options.pvRange ?? 112]
     : undefined;
   using values = kernel !== "sage1"
-    ? quantize(v, kernel === "sage1-int8" ? { ...value, dtype: "i8" } : { ...value, range })
+    ? quantize(v, kernel.endsWith("int8") ? { ...value, dtype: "i8" } : { ...value, range })
     : smoothV
     ? smooth(v)
     : v.view({});

@@ -22,7 +22,7 @@ import {
 // ---- attention ----------------------------------------------------------------------------------------
 
 const anyKernel =
-  `be one of "auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++"`;
+  `be one of "auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++", "sage-int8"`;
 const anyGranularity = `be one of "token", "block", "warp", "thread"`;
 const anyFloat = `be one of "f32", "f16", "bf16"`;
 
@@ -75,7 +75,16 @@ refuses(
   ),
 );
 
-const kernels = ["auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++"] as const;
+const kernels = [
+  "auto",
+  "flash",
+  "sage1",
+  "sage1-int8",
+  "sage2",
+  "sage2-int4",
+  "sage2++",
+  "sage-int8",
+] as const;
 
 /** Options that only one kernel takes. */
 const ofOneKernel = [
