@@ -18,7 +18,7 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // One attention call as its tasks see it. Views of what is absent have no data.
 struct Attention {
   Kernel kernel;
-  bool causal;
+  Masking masking;
   bool f16_accumulator;
   bool fast_exponential;
   float scale;
@@ -55,7 +55,7 @@ struct Attention {
   size_t scratch_bytes;
 
   bool integer_values() const { return kernel == Kernel::kSage1Int8 || kernel == Kernel::kSageInt8; }
-  bool keeps_queries() const { return band || many_k_means; }  // beside their codes
+  bool keeps_queries() const { return band || first_token || many_k_means; }  // beside their codes
   int64_t tiles() const { return ceil_div(k.tokens(), kKeyTile); }
   int64_t query_tiles() const { return ceil_div(q.tokens(), kQueryTile); }
   int64_t padded_v_dim() const { return round_up(v.channels(), kChannelPad); }
