@@ -200,6 +200,7 @@ static void run_attention(int32_t device) {
   call.options.exponential = SAGE_EXPONENTIAL_DEFAULT;
   run_kernel(&call, SAGE_KERNEL_SAGE2_INT4, 3e-1);
   run_kernel(&call, SAGE_KERNEL_SAGE2PP, 6e-2);
+  run_kernel(&call, SAGE_KERNEL_SAGE_INT8, 6e-2);
   run_kernel(&call, SAGE_KERNEL_AUTO, 6e-2);
   call.options.scale = 0.5f;
   run_kernel(&call, SAGE_KERNEL_FLASH, 1e-3);
@@ -286,6 +287,15 @@ static void run_parts(int32_t device) {
   call.options.kernel = SAGE_KERNEL_FLASH;
   REFUSED(sage_attention_quantized(&call, E), SAGE_INVALID_ARGUMENT, "options.kernel must be sage1 (2)");
   call.options.kernel = SAGE_KERNEL_SAGE1;
+  call.options.rotate = SAGE_ON;
+  REFUSED(sage_attention_quantized(&call, E), SAGE_INVALID_ARGUMENT, "options.rotate must be default (0)");
+  call.options.rotate = SAGE_DEFAULT, call.options.band = SAGE_ON;
+  REFUSED(sage_attention_quantized(&call, E), SAGE_INVALID_ARGUMENT, "options.band must be default (0)");
+  call.options.band = SAGE_DEFAULT, call.options.first_token = SAGE_ON;
+  REFUSED(sage_attention_quantized(&call, E), SAGE_INVALID_ARGUMENT, "options.first_token must be default (0)");
+  call.options.first_token = SAGE_DEFAULT, call.options.k_mean_rows = 64;
+  REFUSED(sage_attention_quantized(&call, E), SAGE_INVALID_ARGUMENT, "options.k_mean_rows must be 0");
+  call.options.k_mean_rows = 0;
   call.k_scales.shape[2] += 1;
   REFUSED(sage_attention_quantized(&call, E), SAGE_INVALID_ARGUMENT,
           "k_scales.shape[2] must equal the number of groups (3): current value is 4.");
@@ -335,7 +345,7 @@ static void refuse_calls(int32_t device) {
   BAD(bad.q.data = ~0ull - 63, "64-bit address space");
   BAD((bad.o = bad.q, bad.o.shape[3] = DV, bad.o.stride[3] = 0), "keep written elements apart");
   BAD(bad.lse.data = bad.o.data, "overlap");
-  BAD(bad.options.kernel = 7, "options.kernel must be auto (0)");
+  BAD(bad.options.kernel = 8, "options.kernel must be auto (0)");
   BAD(bad.options.causal = 2, "options.causal must be 0 or 1: current value is 2.");
   BAD(bad.options.scale = -1, "options.scale");
   BAD(bad.options.scale = NAN, "options.scale");
@@ -345,6 +355,17 @@ static void refuse_calls(int32_t device) {
   BAD((bad.options.kernel = SAGE_KERNEL_FLASH, bad.options.exponential = SAGE_EXPONENTIAL_FAST), "with kernel flash");
   BAD((bad.options.kernel = SAGE_KERNEL_FLASH, bad.options.smooth_q = SAGE_ON), "with kernel flash");
   BAD((bad.options.kernel = SAGE_KERNEL_SAGE1, bad.options.pv_range = SAGE_RANGE_448_2), "with kernel sage1");
+  BAD((bad.options.kernel = SAGE_KERNEL_FLASH, bad.options.rotate = SAGE_ON), "with kernel flash");
+  BAD((bad.options.kernel = SAGE_KERNEL_FLASH, bad.options.first_token = SAGE_ON), "with kernel flash");
+  BAD((bad.options.kernel = SAGE_KERNEL_FLASH, bad.options.k_mean_rows = 64), "be 0 with kernel flash");
+  BAD(bad.options.rotate = 3, "options.rotate must be default (0), off (1) or on (2): current value is 3.");
+  BAD(bad.options.first_token = -1, "options.first_token must be default (0), off (1) or on (2)");
+  BAD(bad.options.band = 3, "options.band must be default (0), off (1) or on (2)");
+  BAD(bad.options.k_mean_rows = 65, "options.k_mean_rows must be a multiple of 64");
+  BAD((bad.options.kernel = SAGE_KERNEL_SAGE1, bad.options.causal = 0, bad.options.band = SAGE_ON),
+      "options.causal must be 1 with options.band on (2): current value is 0.");
+  BAD((bad.options.kernel = SAGE_KERNEL_SAGE1, bad.options.smooth_k = SAGE_OFF, bad.options.k_mean_rows = 64),
+      "options.k_mean_rows must be 0 where options.smooth_k is off (1): current value is 64.");
   CHECK(strstr(error, "\ncuda/plan.cpp:") != NULL);
 
   /* Messages are cut, never overrun, and not needed. */

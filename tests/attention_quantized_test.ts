@@ -135,9 +135,10 @@ for (const kernel of sageKernels) {
         const whole = await runQuantized(tensors, options);
         const name = JSON.stringify(options), { smoothQ, smoothK } = smoothing;
         // ΔS, and what mean(K) adds to the log-sum-exp, come from codes there and from floats here.
-        const int4 = kernel === "sage2-int4";
+        // sage-int8 divides by sums of codes, some of which that rounds to the other side.
+        const int4 = kernel === "sage2-int4", eight = kernel === "sage-int8" ? 0.0042 : 0.0029;
         const outBound = smoothQ ? int4 ? 0.062 : 0.0122 : 1e-4;
-        const lseBound = smoothK ? int4 ? 1.56 : 0.09 : smoothQ ? int4 ? 0.05 : 0.0029 : 1e-4;
+        const lseBound = smoothK ? int4 ? 1.56 : 0.09 : smoothQ ? int4 ? 0.05 : eight : 1e-4;
         within(relativeL1(whole.out, out), outBound, `quantized operands, ${name}`);
         within(worstDifference(whole.lse, lse), lseBound, `lse of quantized operands, ${name}`);
         if (!smoothK) continue;

@@ -467,11 +467,14 @@ class Fuzzer {
     sage_attention_call call{};
     call.size = sizeof call;
     call.stream = stream;
-    call.options = options(int32_t(random.between(SAGE_KERNEL_AUTO, SAGE_KERNEL_SAGE2PP)));
+    call.options = options(int32_t(random.between(SAGE_KERNEL_AUTO, SAGE_KERNEL_SAGE_INT8)));
     if (call.options.kernel > SAGE_KERNEL_FLASH) {
       for (int32_t* option : {&call.options.smooth_q, &call.options.smooth_k, &call.options.smooth_v}) {
         *option = int32_t(random.below(3));
       }
+      for (int32_t* option : {&call.options.rotate, &call.options.first_token}) *option = int32_t(random.below(3));
+      if (call.options.causal) call.options.band = int32_t(random.below(3));
+      if (call.options.smooth_k != SAGE_OFF) call.options.k_mean_rows = 64 * uint32_t(random.below(3));
     }
     const int32_t dtype = float_type();
     call.q = tensor(dtype, {p.b, p.hq, p.nq, p.d}, false);
@@ -502,7 +505,7 @@ class Fuzzer {
     sage_attention_quantized_call call{};
     call.size = sizeof call;
     call.stream = stream;
-    const auto kernel = int32_t(random.between(SAGE_KERNEL_SAGE1, SAGE_KERNEL_SAGE2PP));
+    const auto kernel = int32_t(random.between(SAGE_KERNEL_SAGE1, SAGE_KERNEL_SAGE_INT8));
     call.options = options(kernel);
     const int32_t granularity = call.options.granularity           ? call.options.granularity
                                 : kernel <= SAGE_KERNEL_SAGE1_INT8 ? SAGE_GRANULARITY_BLOCK
@@ -524,6 +527,7 @@ class Fuzzer {
     if (random.one_in(2)) call.k_mean = tensor(SAGE_F32, {p.b, p.hkv, 1, p.d}, false);
     const int32_t v_type = kernel == SAGE_KERNEL_SAGE1        ? float_type()
                            : kernel == SAGE_KERNEL_SAGE1_INT8 ? SAGE_I8
+                           : kernel == SAGE_KERNEL_SAGE_INT8  ? SAGE_I8
                                                               : SAGE_E4M3;
     call.v = tensor(v_type, {p.b, p.hkv, p.nk, p.dv}, false);
     if (kernel != SAGE_KERNEL_SAGE1) call.v_scales = tensor(SAGE_F32, {p.b, p.hkv, 1, p.dv}, false);

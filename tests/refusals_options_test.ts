@@ -34,6 +34,16 @@ const options: [string, Loose[], Loose[], string, Loose?][] = [
   ["smoothQ", [1, "on"], [], "be a boolean"],
   ["smoothK", [0, "yes", null], [], "be a boolean"],
   ["smoothV", ["off"], [], "be a boolean"],
+  ["rotate", [1, "yes", null], [], "be a boolean"],
+  ["band", [1, "yes", null], [], "be a boolean", { causal: true }],
+  ["firstToken", [1, "yes", null], [], "be a boolean"],
+  [
+    "kMeanRows",
+    ["64", null, true],
+    [0, 63.5, -64, NaN, 2 ** 32],
+    "be a whole number from 64 to 4294967232",
+  ],
+  ["kMeanRows", [], [65, 100, 127], "be a multiple of 64"],
   [
     "scale",
     ["1", 1n, null, true],
@@ -102,6 +112,9 @@ refuses(
       ["smoothV", true],
       ["granularity", "block"],
       ["granularity", "token"],
+      ["rotate", true],
+      ["firstToken", true],
+      ["kMeanRows", 64],
     ] as const).map(([name, value]): Case => ({
       name: `${call.name}(), ${name} ${value} with flash`,
       call: ({ q, k, v }) => call(q, k, v, { kernel: "flash", [name]: value }),
@@ -111,6 +124,24 @@ refuses(
         `current value is ${shown(value)}.`,
       ],
     })),
+    {
+      name: `${call.name}(), band with flash`,
+      call: ({ q, k, v }) => call(q, k, v, { kernel: "flash", band: true, causal: true }),
+      error: TypeError,
+      says: [`${cannot} band with kernel "flash" must be absent, as nothing is quantized`],
+    },
+    ...[undefined, false].map((causal): Case => ({
+      name: `${call.name}(), band with causal ${causal}`,
+      call: ({ q, k, v }) => call(q, k, v, { kernel: "sage2", band: true, causal }),
+      error: TypeError,
+      says: [`${cannot} causal with band must be true: current value is ${causal}.`],
+    })),
+    {
+      name: `${call.name}(), kMeanRows without smoothK`,
+      call: ({ q, k, v }) => call(q, k, v, { kernel: "sage2", kMeanRows: 64, smoothK: false }),
+      error: TypeError,
+      says: [`${cannot} smoothK with kMeanRows must be absent or true: current value is false.`],
+    },
     ...ofOneKernel.flatMap(([option, name, only]): Case[] =>
       [...kernels.filter((kernel) => kernel !== only), undefined].map((kernel) => ({
         name: `${call.name}() with ${Deno.inspect(option)} and kernel ${kernel}`,
