@@ -5,6 +5,7 @@ import {
   checkAttentionOptions,
   kernels,
   type LseOption,
+  optionNames,
 } from "./options.ts";
 import { drawPlan } from "./precision_picture.ts";
 import {
@@ -154,9 +155,10 @@ export function recipeName({ kernel, ...rest }: Recipe): string {
   ].join(", ");
 }
 
-/** Refuses what is no recipe. */
+/** Refuses what is no recipe of any call; some recipes need a causal one. */
 export function checkRecipe(action: string, recipe: Recipe): void {
-  checkAttentionOptions(action, recipe, recipeNames);
+  checkOptions(action, recipe, recipeNames);
+  checkAttentionOptions(action, { causal: true, ...recipe }, optionNames.attention);
   if (recipe.kernel === undefined || recipe.kernel === "auto" as string) {
     throw new TypeError(cannot(action, "kernel", `be given, and not be "auto"`, recipe.kernel));
   }
