@@ -16,7 +16,7 @@ import {
   type CalibrationProgress,
   type CalibrationSample,
   cosine,
-  type Device,
+  Device,
   parseSafetensors,
   type PrecisionMetric,
   PrecisionPlan,
@@ -339,6 +339,38 @@ deviceTest(
       assertLess(scores.relativeL1!, 0.03, dtype);
       assertLess(0.999, scores.cosine!, dtype);
     }
+  },
+);
+
+deviceTest(
+  "calibrate() takes masks in tensors, and recipes that need a causal call",
+  async (device) => {
+    const problem = randomProblem({ heads: 2, queries: 200, channels: 32 }, "f16");
+    using tensors = uploadProblem(device, problem, "f16");
+    using alibi = device.tensor(new Float32Array([0.5, 0.25]), [1, 2, 1, 1]);
+    const options = { causal: true, window: 64, softcap: 5, alibi };
+    const recipe = { kernel: "sage2", rotate: true, band: true } as const;
+    if (!runs(tensors.q, tensors.k, tensors.v, { ...options, ...recipe })) return;
+    const plan = await calibrate([{ layer: 0, ...tensors, options }], {
+      ladder: [recipe],
+      threshold: 0.9,
+      repeats: 0,
+    });
+
+    using cpu = Device.open("cpu");
+    using exactTensors = uploadProblem(cpu, problem, "f32");
+    const { q, k, v } = exactTensors;
+    using cpuAlibi = cpu.tensor(new Float32Array([0.5, 0.25]), [1, 2, 1, 1]);
+    using exact = attention(q, k, v, { ...options, alibi: cpuAlibi, kernel: "flash" });
+    using out = attention(tensors.q, tensors.k, tensors.v, { ...options, plan, layer: 0 });
+    const expected = score(await download(out), await download(exact));
+    assertAlmostEquals(plan.entries[0].candidates[0].scores.relativeL1!, expected.relativeL1, 1e-9);
+    assertLess(expected.relativeL1, 0.02);
+    assertThrows(
+      () => attention(tensors.q, tensors.k, tensors.v, { plan, layer: 0 }),
+      TypeError,
+      "causal with band must be true",
+    );
   },
 );
 
