@@ -86,7 +86,7 @@ function gpuRecord(): Case[] {
     // grouped queries
     ...product(masks, [4096, 16384]).map(([causal, tokens]) => gpuShape(128, causal, tokens, 8)),
     // against batch and heads
-    ...[1, 2, 8, 16].map((batch) => square(128, false, 2048, batch, 32)),
+    ...[1, 2, 4, 8].map((batch) => square(128, false, 2048, batch, 32)),
     ...[4, 8, 16, 64].map((heads) => square(128, false, 4096, 1, heads)),
     // one new token
     decodeShape(1, 1024),

@@ -52,6 +52,8 @@ export interface Row {
   band?: boolean;
   /** Which code ran. */
   implementation?: string;
+  /** Of a block. */
+  queriesAtOnce?: number;
   /** Of a call, besides its tensors. */
   workspaceBytes?: number;
   /** Medians of the parts of a call. */

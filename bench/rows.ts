@@ -1,5 +1,5 @@
 // Rows of a record: every kernel on a case, measured in turn.
-import type { Device } from "../mod.ts";
+import type { AttentionPlan, Device } from "../mod.ts";
 import { type Case, labels, planOf, Problem, type Variant, variants } from "./cases.ts";
 import { nameOf, type Row } from "./format.ts";
 import { type Measurement, measureTogether, type RandomTensors, Timed } from "./measure.ts";
@@ -9,11 +9,10 @@ import { preparationRow, preparations, preparedShape } from "./preparation.ts";
 function rowsOf(
   one: Case,
   variant: Variant,
-  implementation: string,
-  workspaceBytes: number,
+  { implementation, blockQ: queriesAtOnce, workspaceBytes }: AttentionPlan,
   { ms, noise, stages }: Measurement,
 ): Row[] {
-  const common = { ...labels(variant), peer: false, implementation };
+  const common = { ...labels(variant), peer: false, implementation, queriesAtOnce };
   const medians = Object.entries(stages ?? {}).map(([name, { ms }]) => [name, ms]);
   const whole = attentionRow(one, {
     ...common,
@@ -41,9 +40,7 @@ export async function attentionRows(
     return plan ? [{ variant, plan, timed: problem.timed(variant), stages: true }] : [];
   });
   const measured = await measureTogether(able, budgetMs);
-  return able.flatMap(({ variant, plan }, i) =>
-    rowsOf(one, variant, plan.implementation, plan.workspaceBytes, measured[i])
-  );
+  return able.flatMap(({ variant, plan }, i) => rowsOf(one, variant, plan, measured[i]));
 }
 
 /** Every way to quantize and to smooth. */

@@ -22,6 +22,7 @@ constexpr float kLn2 = 0.69314718055994530942f;
 constexpr int kQueryMeanRows = 128;  // rows that share one mean when queries are smoothed
 constexpr float kInt8Range = 127.0f;
 constexpr float kInt4Range = 7.0f;
+constexpr float kUint8Range = 255.0f;
 constexpr float kE4m3Range = 448.0f;
 constexpr int8_t kInt8NotFinite = -128;
 constexpr int8_t kInt4NotFinite = -8;
@@ -146,6 +147,37 @@ SAGE_HD int64_t group_count(Grouping grouping, int64_t rows, int64_t group_rows)
     case Grouping::kThreadKey: return (rows + group_rows - 1) / group_rows * 4;
   }
   return 0;
+}
+
+// ---- rotation -------------------------------------------------------------------------------------------
+//
+// A row of Q or K, less its mean and padded with zeros to rotated_channels(D) channels, is multiplied by
+// diag(rotation_sign(c) / channels), which is exact, and then by the Hadamard matrix: for step = 1, 2, 4, ...
+// channels / 2, every pair (a, b) of channels c and c + step, bit `step` of c clear, becomes (a + b, a - b). No sum
+// can overflow. q.k is rotated_channels(D) times the product of what rotation makes of them.
+
+SAGE_HD int rotated_channels(int64_t channels) {
+  int padded = 1;
+  while (padded < channels) padded *= 2;
+  return padded;
+}
+
+SAGE_HD float rotation_sign(uint32_t channel) {
+  uint32_t mixed = (channel + 1) * 0x9e3779b1u;
+  mixed = (mixed ^ mixed >> 15) * 0x85ebca6bu;
+  return mixed >> 31 ? -1.0f : 1.0f;
+}
+
+// ---- the precision band ---------------------------------------------------------------------------------
+
+constexpr int kBandQueries = 128;  // rows of a query tile
+constexpr int kBandKeys = 64;      // keys of a key tile
+
+// Whether the rows of a query tile take a key tile exactly: the first, and those that the diagonal, key i + offset of
+// query i, passes through.
+SAGE_HD bool in_band(int64_t query_tile, int64_t key_tile, int64_t offset) {
+  const int64_t first_key = query_tile * kBandQueries + offset, last_key = first_key + kBandQueries - 1;
+  return key_tile == 0 || (first_key < (key_tile + 1) * kBandKeys && last_key >= key_tile * kBandKeys);
 }
 
 // ---- the order in which a mean is summed ----------------------------------------------------------------

@@ -64,9 +64,10 @@ struct QuantizeOp {  // and its inverse
   View x, mean, codes, scales;
   bool per_channel;  // else `grouping` over rows
   Grouping grouping;
-  int64_t group_rows;  // never 0
-  int64_t mean_rows;   // never 0
-  float range;         // largest code magnitude
+  int64_t group_rows;   // never 0
+  int64_t mean_rows;    // never 0
+  float range;          // largest code magnitude
+  bool rotate = false;  // codes, of rotated_channels(x.channels()) channels, are those of the rotated rows
 };
 
 enum class Kernel : int32_t {  // as in sage.h
@@ -88,9 +89,10 @@ struct Masking {
   int64_t before = kUnlimited;  // how many keys before the diagonal it sees
   int64_t after = kUnlimited;   // and after it; 0: causal
   float softcap = 0;            // 0: none
-  View mask;                    // absent, bool (true: visible) or floats (added): [B or 1, Hq or 1, Nq or 1, Nk]
-  View sinks;                   // absent, or f32 [1, Hq, 1, 1]: logits of the denominator alone
-  View alibi;                   // absent, or f32 [B or 1, Hq, 1, 1]: slope * -|i + offset - j| is added
+  // Absent, or with strides of 0 in dimensions of length 1:
+  View mask;   // bool (true: visible) or floats (added; -inf: not visible): [B or 1, Hq or 1, Nq or 1, Nk]
+  View sinks;  // f32 [1, Hq, 1, 1]: logits of the denominator alone
+  View alibi;  // f32 [B or 1, Hq, 1, 1]: slope * -|i + offset - j| is added
 };
 
 // Everything decided about one attention call; made by plan.cpp, shown by sage_explain.
@@ -110,6 +112,7 @@ struct Plan {
   float p_range, v_range;  // largest code of P and V; 448 unless sage2++
   int block_q, block_k;
   int padded_head_dim;
+  int key_splits;  // CUDA flash for few queries: parts of the keys that are added up at the end; else 0
   size_t workspace_bytes;
   std::string implementation, reason;
 };
@@ -128,7 +131,8 @@ struct QuantizedAttentionOp {
   View v, v_scales, v_mean;  // v_scales are absent for sage1
   View o, lse;
   int64_t q_mean_rows;  // never 0
-  bool causal;
+  Masking masking;      // without tensors
+  bool causal;          // masking.after == 0
   float scale;
   Plan plan;  // its smoothing flags are unused
 };
@@ -171,6 +175,7 @@ class Stream {
   virtual void quantize(const QuantizeOp& op) = 0;
   virtual void dequantize(const QuantizeOp& op) = 0;
   virtual void attention(const AttentionOp& op) = 0;
+  virtual void attention_varlen(const std::vector<AttentionOp>& ops) = 0;  // of tokens apart from each other's
   virtual void attention_quantized(const QuantizedAttentionOp& op) = 0;
 };
 
@@ -200,7 +205,8 @@ struct AttentionShape {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens, head_dim, v_dim;
   DType dtype, out_dtype;
   bool causal;
-  bool boxes;  // q, k and v can be copied as boxes
+  bool boxes;            // q, k and v can be copied as boxes
+  Masking masking = {};  // its tensors may lie nowhere
 };
 
 // Whether hardware can copy boxes of the tensor (by a tensor map): base and strides are multiples of 16 bytes.

@@ -10,7 +10,8 @@
 namespace sage {
 
 const char* kernel_name(Kernel kernel) {
-  static const char* const names[] = {"auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++", "sage-int8"};
+  static const char* const names[] = {"auto",  "flash",      "sage1",   "sage1-int8",
+                                      "sage2", "sage2-int4", "sage2++", "sage-int8"};
   return names[int(kernel)];
 }
 
@@ -34,6 +35,10 @@ void check_contradictions(Kernel kernel, const sage_attention_options& options) 
     check_use(kernel, "smooth_q", options.smooth_q, {SAGE_DEFAULT, SAGE_OFF}, "be default (0) or off (1)");
     check_use(kernel, "smooth_k", options.smooth_k, {SAGE_DEFAULT, SAGE_OFF}, "be default (0) or off (1)");
     check_use(kernel, "smooth_v", options.smooth_v, {SAGE_DEFAULT, SAGE_OFF}, "be default (0) or off (1)");
+    check_use(kernel, "rotate", options.rotate, {SAGE_DEFAULT, SAGE_OFF}, "be default (0) or off (1)");
+    check_use(kernel, "band", options.band, {SAGE_DEFAULT, SAGE_OFF}, "be default (0) or off (1)");
+    check_use(kernel, "first_token", options.first_token, {SAGE_DEFAULT, SAGE_OFF}, "be default (0) or off (1)");
+    check_use(kernel, "k_mean_rows", int32_t(options.k_mean_rows), {0}, "be 0");
   }
   if (kernel == Kernel::kSage2PP) {
     check_use(kernel, "pv_accumulator", options.pv_accumulator, {SAGE_ACCUMULATOR_DEFAULT, SAGE_ACCUMULATOR_F16},
@@ -49,6 +54,18 @@ void check_contradictions(Kernel kernel, const sage_attention_options& options) 
     check_use(kernel, "exponential", options.exponential, {SAGE_EXPONENTIAL_DEFAULT, SAGE_EXPONENTIAL_EXACT},
               "be default (0) or exact (1)");
   }
+}
+
+void check_band(const AttentionShape& shape, const sage_attention_options& options) {
+  if (options.band != SAGE_ON || shape.causal) return;
+  SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.causal", "be 1 with options.band on (2)", 0));
+}
+
+void set_mean_rows(Plan& plan, const AttentionShape& shape, const sage_attention_options& options) {
+  plan.k_mean_rows = options.k_mean_rows ? options.k_mean_rows : shape.k_tokens;
+  if (options.k_mean_rows == 0 || plan.smooth_k) return;
+  SAGE_FAIL(SAGE_INVALID_ARGUMENT,
+            cannot(kAttention, "options.k_mean_rows", "be 0 where options.smooth_k is off (1)", options.k_mean_rows));
 }
 
 // ---- defaults -------------------------------------------------------------------------------------------
@@ -111,7 +128,11 @@ Plan plan_attention(const AttentionShape& shape, const sage_attention_options& o
   plan.smooth_q = on(options.smooth_q, plan.kernel == Kernel::kSage2Int4);
   plan.smooth_k = on(options.smooth_k, quantized);
   plan.smooth_v = on(options.smooth_v, false);
-  plan.k_mean_rows = shape.k_tokens;
+  plan.rotate = on(options.rotate, false);
+  plan.band = on(options.band, false);
+  plan.first_token = on(options.first_token, false);
+  check_band(shape, options);
+  set_mean_rows(plan, shape, options);
   set_product(plan, options, shape, device);
   device.cpu ? plan_cpu(shape, device, plan) : plan_cuda(shape, device, plan);
   return plan;

@@ -2,6 +2,7 @@
 // workspace.
 #include <algorithm>
 
+#include "kernels/decode.h"
 #include "kernels/sm90/flash.h"
 #include "kernels/tuning.h"
 #include "kernels/workspace.h"
@@ -16,6 +17,22 @@ namespace {
             "Cannot run attention as " + what + " must be " + must + ": current value is " + value + ".");
 }
 
+// What no kernel here has yet.
+void refuse_masking(const AttentionShape& shape) {
+  const Masking& masking = shape.masking;
+  const auto check = [](const char* what, bool good, const char* must, const std::string& value) {
+    if (!good)
+      refuse(what, std::string(must) + " on a CUDA device, with kernel flash too, or the device the CPU", value);
+  };
+  check("options.alignment", masking.after != 0 || masking.offset == shape.k_tokens - shape.q_tokens,
+        "bottom-right (0)", "top-left (1)");
+  check("options.windowed", masking.before == kUnlimited && masking.after <= 0, "0", "1");
+  check("options.softcap", masking.softcap == 0, "0", std::to_string(masking.softcap));
+  check("mask", !masking.mask, "absent", "given");
+  check("sinks", !masking.sinks, "absent", "given");
+  check("alibi", !masking.alibi, "absent", "given");
+}
+
 bool is_hopper(const DeviceTraits& device) { return device.compute_capability == 90; }
 
 void check_tokens(const AttentionShape& shape) {
@@ -24,6 +41,18 @@ void check_tokens(const AttentionShape& shape) {
   if (tokens <= kMostTokens) return;
   SAGE_FAIL(SAGE_UNSUPPORTED, "Cannot run attention as q and k must have at most " + std::to_string(kMostTokens) +
                                   " tokens on a CUDA device: current value is " + std::to_string(tokens) + ".");
+}
+
+// What only the CPU device has.
+void check_beyond(const Plan& plan, const AttentionShape& shape) {
+  constexpr const char* kMust = "off (1) on a CUDA device (kernel flash is exact), or the device must be the CPU";
+  if (plan.rotate) refuse("options.rotate", kMust, "on (2)");
+  if (plan.band) refuse("options.band", kMust, "on (2)");
+  if (plan.first_token) refuse("options.first_token", kMust, "on (2)");
+  if (plan.k_mean_rows < shape.k_tokens) {
+    refuse("options.k_mean_rows", "0 on a CUDA device (kernel flash is exact), or the device must be the CPU",
+           std::to_string(plan.k_mean_rows));
+  }
 }
 
 // sage2 on sm_90a.
@@ -79,6 +108,17 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
   plan.block_k = tuning.block_k;
 }
 
+// flash for few queries, whose time is that of reading K and V.
+bool choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  if (plan.kernel != Kernel::kFlash || !cuda::decodes(shape)) return false;
+  plan.implementation = "sm_80 mma, keys split";
+  plan.block_q = cuda::kDecodeRows;
+  plan.block_k = cuda::kDecodeKeys;
+  plan.key_splits = cuda::decode_splits(shape, device.multiprocessors);
+  plan.workspace_bytes = cuda::decode_workspace_bytes(shape, plan.key_splits);
+  return true;
+}
+
 void choose_hopper_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   if (plan.kernel == Kernel::kSage2 || !is_hopper(device) || !suits_hopper(shape, plan)) return;
   const cuda::sm90::F16Tiles tiles =
@@ -125,7 +165,10 @@ Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device,
 bool cuda_fast_exponential(const AttentionShape&, const DeviceTraits& device) { return is_hopper(device); }
 
 void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  check_beyond(plan, shape);
+  refuse_masking(shape);
   set_cuda_tiles(shape, device, plan);
+  if (choose_decode_kernel(shape, device, plan)) return;
   choose_hopper_kernel(shape, device, plan);
   if (plan.kernel == Kernel::kFlash) {
     if (shape.dtype == DType::kF32) refuse("q.dtype", "f16 or bf16 for flash on a CUDA device", "f32");
@@ -139,6 +182,7 @@ void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& pl
 
 // Its workspace follows from the operands' strides as well: the stream sizes it.
 void plan_cuda_quantized(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  refuse_masking(shape);
   if (plan.kernel == Kernel::kSage2) {
     refuse("options.kernel", "sage1 for quantized operands on a CUDA device (flash takes none), or the device the CPU",
            kernel_name(plan.kernel));

@@ -14,10 +14,10 @@ std::string cannot(const char* action, const std::string& what, const std::strin
   return cannot(action, what, must, std::to_string(current));
 }
 
-static bool known(int32_t dtype) { return dtype >= SAGE_F32 && dtype <= SAGE_E4M3; }
+static bool known(int32_t dtype) { return dtype >= SAGE_F32 && dtype <= SAGE_BOOL; }
 
 const char* dtype_name(DType dtype) {
-  static const char* const names[] = {"f32", "f16", "bf16", "i8", "i4", "e4m3"};
+  static const char* const names[] = {"f32", "f16", "bf16", "i8", "i4", "e4m3", "bool"};
   return names[int(dtype)];
 }
 
@@ -52,10 +52,28 @@ static void check_option(const char* name, int32_t value, int32_t first, int32_t
   SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, std::string("options.") + name, must, value));
 }
 
+static void check_window(const sage_attention_options& options) {
+  check_option("windowed", options.windowed, 0, 1, "be 0 or 1");
+  const auto check = [](const char* name, int64_t value, bool good, const char* must) {
+    if (good) return;
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, std::string("options.") + name, must, value));
+  };
+  const int64_t before = options.window_before, after = options.window_after;
+  if (!options.windowed) {
+    check("window_before", before, before == 0, "be 0 where options.windowed is 0");
+    check("window_after", after, after == 0, "be 0 where options.windowed is 0");
+  } else {
+    check("window_before", before, before >= kUnlimited, "be at least 0, or -1 for no limit");
+    check("window_after", after, after >= kUnlimited, "be at least 0, or -1 for no limit");
+    check("window_after", after, !options.causal || after <= 0, "be 0 or -1 where options.causal is 1");
+  }
+}
+
 void check_options(const sage_attention_options& options) {
   constexpr const char* kSwitch = "be default (0), off (1) or on (2)";
-  check_option("kernel", options.kernel, SAGE_KERNEL_AUTO, SAGE_KERNEL_SAGE2PP,
-               "be auto (0), flash (1), sage1 (2), sage1-int8 (3), sage2 (4), sage2-int4 (5) or sage2++ (6)");
+  check_option("kernel", options.kernel, SAGE_KERNEL_AUTO, SAGE_KERNEL_SAGE_INT8,
+               "be auto (0), flash (1), sage1 (2), sage1-int8 (3), sage2 (4), sage2-int4 (5), sage2++ (6) or sage-int8 "
+               "(7)");
   check_option("causal", options.causal, 0, 1, "be 0 or 1");
   check_option("granularity", options.granularity, SAGE_GRANULARITY_DEFAULT, SAGE_GRANULARITY_THREAD,
                "be default (0), token (1), block (2), warp (3) or thread (4)");
@@ -68,11 +86,20 @@ void check_options(const sage_attention_options& options) {
                "be default (0), 448/2.25 (1), 224/4.5 (2) or 112/9 (3)");
   check_option("exponential", options.exponential, SAGE_EXPONENTIAL_DEFAULT, SAGE_EXPONENTIAL_FAST,
                "be default (0), exact (1) or fast (2)");
-  check_option("alignment", options.alignment, 0, 0, "be 0");
-  check_option("windowed", options.windowed, 0, 0, "be 0");
-  check_option("rotate", options.rotate, 0, 0, "be 0");
-  check_option("band", options.band, 0, 0, "be 0");
-  check_option("first_token", options.first_token, 0, 0, "be 0");
+  check_option("alignment", options.alignment, SAGE_ALIGN_BOTTOM_RIGHT, SAGE_ALIGN_TOP_LEFT,
+               "be bottom-right (0) or top-left (1)");
+  check_window(options);
+  if (!std::isfinite(options.softcap) || options.softcap < 0) {
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.softcap", "be positive and finite, or 0 for none",
+                                            std::to_string(options.softcap)));
+  }
+  check_option("rotate", options.rotate, SAGE_DEFAULT, SAGE_ON, kSwitch);
+  check_option("band", options.band, SAGE_DEFAULT, SAGE_ON, kSwitch);
+  check_option("first_token", options.first_token, SAGE_DEFAULT, SAGE_ON, kSwitch);
+  if (options.k_mean_rows % kBandKeys != 0) {
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.k_mean_rows",
+                                            "be a multiple of 64, or 0 for one mean of all keys", options.k_mean_rows));
+  }
   if (!std::isfinite(options.scale) || options.scale < 0) {
     SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.scale", "be positive and finite, or 0 for 1/sqrt(D)",
                                             std::to_string(options.scale)));
@@ -82,11 +109,20 @@ void check_options(const sage_attention_options& options) {
 void check_quantized_options(const sage_attention_options& options) {
   constexpr const char* kSwitch = "be default (0) for quantized tensors, as the means given decide";
   check_options(options);
-  check_option("kernel", options.kernel, SAGE_KERNEL_SAGE1, SAGE_KERNEL_SAGE2PP,
-               "be sage1 (2), sage1-int8 (3), sage2 (4), sage2-int4 (5) or sage2++ (6) for quantized tensors");
+  check_option("kernel", options.kernel, SAGE_KERNEL_SAGE1, SAGE_KERNEL_SAGE_INT8,
+               "be sage1 (2), sage1-int8 (3), sage2 (4), sage2-int4 (5), sage2++ (6) or sage-int8 (7) for quantized "
+               "tensors");
   check_option("smooth_q", options.smooth_q, SAGE_DEFAULT, SAGE_DEFAULT, kSwitch);
   check_option("smooth_k", options.smooth_k, SAGE_DEFAULT, SAGE_DEFAULT, kSwitch);
   check_option("smooth_v", options.smooth_v, SAGE_DEFAULT, SAGE_DEFAULT, kSwitch);
+  constexpr const char* kNumbersOnly = "be default (0) for quantized tensors, as it needs the numbers they stand for";
+  check_option("rotate", options.rotate, SAGE_DEFAULT, SAGE_DEFAULT, kNumbersOnly);
+  check_option("band", options.band, SAGE_DEFAULT, SAGE_DEFAULT, kNumbersOnly);
+  check_option("first_token", options.first_token, SAGE_DEFAULT, SAGE_DEFAULT, kNumbersOnly);
+  if (options.k_mean_rows != 0) {
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.k_mean_rows",
+                                            "be 0 for quantized tensors, as k_mean has one row", options.k_mean_rows));
+  }
 }
 
 // ---- one tensor -----------------------------------------------------------------------------------------
@@ -231,6 +267,14 @@ void Tensors::expect(const char* name, const View& view, int dimension, int64_t 
   SAGE_FAIL(SAGE_INVALID_ARGUMENT,
             cannot(action_, at(name, "shape", dimension),
                    "equal " + std::string(source) + " (" + std::to_string(value) + ")", view.shape[dimension]));
+}
+
+void Tensors::expect_or_one(const char* name, const View& view, int dimension, int64_t value,
+                            const char* source) const {
+  if (view.shape[dimension] == 1 || view.shape[dimension] == value) return;
+  SAGE_FAIL(SAGE_INVALID_ARGUMENT,
+            cannot(action_, at(name, "shape", dimension),
+                   "be 1 or equal " + std::string(source) + " (" + std::to_string(value) + ")", view.shape[dimension]));
 }
 
 void Tensors::expect_same_shape(const char* name, const View& view, const char* other_name, const View& other) const {

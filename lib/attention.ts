@@ -8,12 +8,14 @@ import {
   exponentialNumbers,
   granularityNumbers,
   kernelNumbers,
+  type NativeFunctions,
   planStruct,
   rangeNumbers,
   Struct,
   tensorBytes,
 } from "./ffi.ts";
 import { errorBytes, errorSize, unwrap } from "./library.ts";
+import { checkMaskTensors, writeMaskTensors } from "./masks.ts";
 import {
   type AttentionOptions,
   checkAttentionOptions,
@@ -24,6 +26,8 @@ import {
   optionNames,
   writeOptions,
 } from "./options.ts";
+import { checkLayer, followPlan } from "./precision_plan.ts";
+import { planNames } from "./recipe.ts";
 import type { Stream } from "./stream.ts";
 import {
   denseGeometry,
@@ -44,8 +48,13 @@ export interface AttentionWithLse<O extends DType = FloatDType> extends Disposab
   /** [B, Hq, Nq, Dv] */
   out: Tensor<O>;
   /**
-   * [B, Hq, Nq, 1], in the layout of `q`: the natural logarithm of softmax's denominator, ln Σⱼ exp(scale·q·kⱼ);
-   * −∞ for a row that sees no key. With it, results over parts of the keys can be merged.
+   * [B, Hq, Nq, 1], in the layout of `q`: the natural logarithm of softmax's denominator, ln Σⱼ exp(scale·q·kⱼ), of
+   * the scores after masks and caps and with the sink; −∞ for a row that sees no key and has none.
+   *
+   * With it, results over parts of the keys can be merged: the whole is Σₚ outₚ·exp(lseₚ − lse), where
+   * lse = ln Σₚ exp(lseₚ). For kernel `"flash"` that is exact but for the rounding of FP32. A quantized kernel
+   * gives the logarithm of the denominator that it used, of quantized scores: the merged output is as far from exact
+   * attention as that of one call, no further.
    */
   lse: Tensor<"f32">;
 }
@@ -145,6 +154,7 @@ export function showResults(results: Results): Tensor<FloatDType> | AttentionWit
 
 // ---- attention ----------------------------------------------------------------------------------------
 
+const attentionNames = [...optionNames.attention, ...planNames];
 const call = new Struct(attentionStruct.size);
 
 /** A sage_attention_call without results. */
@@ -158,6 +168,7 @@ function writeCall(
   call.reset();
   call.setHandle(attentionStruct.stream, stream.handle);
   writeOptions(call, attentionStruct.options, options);
+  writeMaskTensors(call, action, stream, options);
   call.setStruct(attentionStruct.q, q);
   call.setStruct(attentionStruct.k, k);
   call.setStruct(attentionStruct.v, v);
@@ -172,13 +183,22 @@ function checkDTypes(action: string, q: DType, k: DType, v: DType): void {
   }
 }
 
-function run(
-  name: "sage_attention" | "sage_flash_attention",
+/** What kinds of attention on floating-point tensors differ in. */
+interface Entry {
+  /** Refuses what does not fit to shapes in the order [batch, heads, tokens, channels]. */
+  check?(q: Shape, k: Shape): void;
+  /** Passes a sage_attention_call; returns the status. */
+  enqueue(native: NativeFunctions, call: Uint8Array<ArrayBuffer>): number;
+}
+
+/** Checks a call, makes its results and enqueues it. */
+export function runAttention(
   known: readonly string[],
   q: Tensor,
   k: Tensor,
   v: Tensor,
   options: AttentionOptions & LseOption,
+  { check, enqueue }: Entry,
 ): Tensor<FloatDType> | AttentionWithLse {
   checkAttentionOptions(action, options, known);
   const { storage: { stream }, geometry, bytes } = interiorOf(action, "q", q);
@@ -186,6 +206,8 @@ function run(
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   const [batch, heads, tokens] = geometry.shape;
   checkShapes(action, geometry.shape, kInside.geometry.shape, vInside.geometry.shape);
+  check?.(geometry.shape, kInside.geometry.shape);
+  checkMaskTensors(action, stream, geometry.shape, kInside.geometry.shape, options);
   const results = makeResults(
     action,
     q.device,
@@ -201,7 +223,7 @@ function run(
     if (results.lse) {
       call.setStruct(attentionStruct.lse, interiorOf(action, "lse", results.lse).bytes);
     }
-    unwrap(stream.native[name](call.bytes, errorBytes, errorSize));
+    unwrap(enqueue(stream.native, call.bytes));
   } catch (error) {
     results[Symbol.dispose]();
     throw error;
@@ -216,6 +238,27 @@ function run(
  * mean is subtracted before quantization and corrected exactly: K by γ(K) = K − mean(K), which changes no output;
  * Q by γ(Qᵢ) = Qᵢ − mean(Qᵢ) over 128 rows, with ΔS = mean(Qᵢ)·γ(K)ᵀ added; V likewise, with mean(V) added at the
  * end.
+ *
+ * Beyond the papers, `rotate`, `kMeanRows`, `band` and `firstToken` make quantization err less:
+ *
+ * ```ts
+ * import { attention, Device, flashAttention, relativeL1 } from "@sage/attention";
+ * import { assert } from "@std/assert";
+ *
+ * using device = Device.open("cpu");
+ * const numbers = (seed: number) =>
+ *   new Float32Array(2 * 256 * 64).map((_, i) => Math.sin((i + 1) * (i + seed)) + (i % 64 === 7 ? 20 : 0));
+ * using q = device.tensor(numbers(1), [1, 2, 256, 64]);
+ * using k = device.tensor(numbers(2), [1, 2, 256, 64]);
+ * using v = device.tensor(numbers(3), [1, 2, 256, 64]);
+ *
+ * using exact = flashAttention(q, k, v, { causal: true });
+ * using plain = attention(q, k, v, { kernel: "sage2", causal: true });
+ * using better = attention(q, k, v, { kernel: "sage2", causal: true, rotate: true, band: true });
+ *
+ * const [reference, before, after] = await Promise.all([exact, plain, better].map((o) => o.data()));
+ * assert(relativeL1(after, reference) < 0.5 * relativeL1(before, reference));
+ * ```
  *
  * Values that are not finite stay where exact attention puts them: one in a row of Q makes that row of the output
  * NaN, one in K or V shows in the rows that see it and in no other.
@@ -270,7 +313,14 @@ export function attention(
   v: Tensor,
   options: AttentionOptions & LseOption = {},
 ): Tensor<FloatDType> | AttentionWithLse {
-  return run("sage_attention", optionNames.attention, q, k, v, options);
+  const { options: followed, layer } = followPlan(action, options);
+  if (layer) {
+    const [qInside, vInside] = [interiorOf(action, "q", q), interiorOf(action, "v", v)];
+    checkLayer(action, layer, qInside.geometry.shape, vInside.geometry.shape);
+  }
+  return runAttention(attentionNames, q, k, v, followed, {
+    enqueue: (native, call) => native.sage_attention(call, errorBytes, errorSize),
+  });
 }
 
 /**
@@ -282,7 +332,7 @@ export function attention(
  * @param q Queries, [B, Hq, Nq, D].
  * @param k Keys, [B, Hkv, Nk, D].
  * @param v Values, [B, Hkv, Nk, Dv].
- * @param options Mask, scale and output.
+ * @param options Masks, scale and output.
  * @returns The output, [B, Hq, Nq, Dv], in the layout and element type of `q`; with `returnLse`, also the
  * log-sum-exp.
  * @throws {TypeError | RangeError} Where tensors do not fit together, or an option is unknown or out of range.
@@ -322,7 +372,9 @@ export function flashAttention(
   v: Tensor,
   options: FlashAttentionOptions & LseOption = {},
 ): Tensor<FloatDType> | AttentionWithLse {
-  return run("sage_flash_attention", optionNames.flash, q, k, v, options);
+  return runAttention(optionNames.flash, q, k, v, options, {
+    enqueue: (native, call) => native.sage_flash_attention(call, errorBytes, errorSize),
+  });
 }
 
 // ---- explain ------------------------------------------------------------------------------------------
@@ -351,6 +403,14 @@ export interface AttentionPlan {
   smoothK: boolean;
   /** Whether V is smoothed. */
   smoothV: boolean;
+  /** Keys that share a mean; absent where K is not smoothed. */
+  kMeanRows: number | undefined;
+  /** Whether Q and K are rotated. */
+  rotate: boolean;
+  /** Whether the first tile of keys and those on the diagonal count without quantization. */
+  band: boolean;
+  /** Whether the first key does. */
+  firstToken: boolean;
   /** What sums P·V within a tile of keys. */
   pvAccumulator: "f32" | "f16";
   /** Largest magnitude of P in FP8; absent but for kernel `"sage2++"`. */
@@ -409,15 +469,18 @@ export function explain(
   options: ExplainOptions = {},
 ): AttentionPlan {
   const action = "explain attention";
-  checkOptions(action, options, [...optionNames.attention, "device"]);
-  const { device = q instanceof Tensor ? q.device : undefined, ...rest } = options;
-  checkAttentionOptions(action, rest, optionNames.attention);
+  checkOptions(action, options, [...attentionNames, "device"]);
+  const { device = q instanceof Tensor ? q.device : undefined, ...given } = options;
+  const { options: rest, layer, reason } = followPlan(action, given);
+  checkAttentionOptions(action, rest, attentionNames);
   const stream = streamOf(action, "device", device as Device);
   const [qSpec, kSpec, vSpec] = [["q", q], ["k", k], ["v", v]].map(([name, tensor]) =>
     specify(action, name as string, tensor as Tensor | TensorSpec, stream)
   );
+  if (layer) checkLayer(action, layer, qSpec.geometry.shape, vSpec.geometry.shape);
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   checkShapes(action, qSpec.geometry.shape, kSpec.geometry.shape, vSpec.geometry.shape);
+  checkMaskTensors(action, stream, qSpec.geometry.shape, kSpec.geometry.shape, rest);
   const [batch, heads, tokens] = qSpec.geometry.shape;
   const outShape: Shape = [batch, heads, tokens, vSpec.geometry.shape[3]];
   checkOut(action, stream, outShape, rest);
@@ -427,7 +490,7 @@ export function explain(
   call.setStruct(attentionStruct.o, specify(action, "out", out, stream).bytes);
   plan.reset();
   unwrap(stream.native.sage_explain(call.bytes, plan.bytes, errorBytes, errorSize));
-  return readPlan();
+  return { ...readPlan(), ...reason !== undefined && { reason } };
 }
 
 function specify(
@@ -450,13 +513,18 @@ function specify(
 
 function readPlan(): AttentionPlan {
   const architecture = plan.int(planStruct.architecture);
+  const smoothK = plan.int(planStruct.smoothK) === 2;
   return {
     kernel: nameOf(kernelNumbers, plan.int(planStruct.kernel)) as AttentionPlan["kernel"],
     architecture: architecture === 0 ? "" : `sm_${architecture}`,
     granularity: nameOf(granularityNumbers, plan.int(planStruct.granularity)),
     smoothQ: plan.int(planStruct.smoothQ) === 2,
-    smoothK: plan.int(planStruct.smoothK) === 2,
+    smoothK,
     smoothV: plan.int(planStruct.smoothV) === 2,
+    kMeanRows: smoothK ? plan.int(planStruct.kMeanRows) : undefined,
+    rotate: plan.int(planStruct.rotate) === 2,
+    band: plan.int(planStruct.band) === 2,
+    firstToken: plan.int(planStruct.firstToken) === 2,
     pvAccumulator: nameOf(accumulatorNumbers, plan.int(planStruct.pvAccumulator))!,
     pvRange: numberOf(nameOf(rangeNumbers, plan.int(planStruct.pvRange))),
     exponential: nameOf(exponentialNumbers, plan.int(planStruct.exponential))!,

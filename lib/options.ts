@@ -1,5 +1,13 @@
 // Options of attention: what they are called, which contradict each other, and how the library takes them.
-import { cannot, checkBoolean, checkOneOf, checkOptions, checkPositive, list } from "./check.ts";
+import {
+  cannot,
+  checkBoolean,
+  checkInteger,
+  checkOneOf,
+  checkOptions,
+  checkPositive,
+  list,
+} from "./check.ts";
 import type { FloatDType } from "./dtype.ts";
 import {
   accumulatorNumbers,
@@ -11,6 +19,15 @@ import {
   type Struct,
   switchNumber,
 } from "./ffi.ts";
+import {
+  checkMaskOptions,
+  maskNames,
+  type MaskOptions,
+  maskTensorNames,
+  type MaskTensors,
+  writeMaskOptions,
+} from "./masks.ts";
+import type { PlanOptions } from "./recipe.ts";
 import type { Tensor } from "./tensor.ts";
 
 /**
@@ -24,7 +41,13 @@ import type { Tensor } from "./tensor.ts";
  * | `sage2` | INT8 per thread | FP8 | K | SageAttention2 (2411.10958) |
  * | `sage2-int4` | INT4 per thread | FP8 | Q, K | SageAttention2 |
  * | `sage2++` | INT8 per thread | FP8, summed in FP16 | K | SageAttention2++ (2505.21136) |
+ * | `sage-int8` | INT8 per thread | INT8, P scaled by row and tile of keys | K | ours |
  * | `auto` | chosen for the device and shape; {@linkcode explain} says which and why | | | |
+ *
+ * `sage-int8` has exact integer products only: P becomes ⌊255·2^(s − m) + ½⌋, m being the largest score of the row in
+ * a tile of 64 keys, V has a scale per channel, and rows are divided by the sum of those codes. Where a language model
+ * puts most of its weight on the first token, nothing is left of the other weights of that tile: such layers need
+ * `band` or `firstToken`.
  */
 export type Kernel =
   | "auto"
@@ -33,7 +56,8 @@ export type Kernel =
   | "sage1-int8"
   | "sage2"
   | "sage2-int4"
-  | "sage2++";
+  | "sage2++"
+  | "sage-int8";
 
 /**
  * Which values share one scale.
@@ -48,12 +72,8 @@ export type Kernel =
 export type Granularity = "token" | "block" | "warp" | "thread" | "channel";
 
 /** Options of {@linkcode flashAttention}, and the ones that every kind of attention has. */
-export interface FlashAttentionOptions<O extends FloatDType = FloatDType> {
-  /**
-   * Whether query i sees only keys j ≤ i + Nk − Nq: the mask is aligned to the bottom right, so that the last query
-   * sees every key. A row that sees none gives zeros and a log-sum-exp of −∞. Default: `false`.
-   */
-  causal?: boolean;
+export interface FlashAttentionOptions<O extends FloatDType = FloatDType>
+  extends MaskOptions, MaskTensors {
   /** What Q·Kᵀ is multiplied with before softmax. Default: 1 / √D. */
   scale?: number;
   /** Where to write the output: [B, Hq, Nq, Dv] in any layout; returned instead of a new tensor. */
@@ -70,7 +90,7 @@ export interface LseOption<T extends boolean = boolean> {
 
 /** Options of {@linkcode attentionQuantized}. */
 export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
-  extends FlashAttentionOptions<O> {
+  extends Omit<FlashAttentionOptions<O>, keyof MaskTensors> {
   /** How to compute. Default: the kernel whose operands these are. */
   kernel?: Exclude<Kernel, "auto" | "flash">;
   /** What sums P·V within a tile of keys; only for kernel `"sage1"`. Default: `"f32"`. */
@@ -91,7 +111,7 @@ export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
 
 /** Options of {@linkcode attention}. */
 export interface AttentionOptions<O extends FloatDType = FloatDType>
-  extends Omit<AttentionQuantizedOptions<O>, "kernel"> {
+  extends Omit<AttentionQuantizedOptions<O>, "kernel">, MaskTensors, PlanOptions {
   /** How to compute. Default: `"auto"`. */
   kernel?: Kernel;
   /** Which rows of Q and K share a scale. Default: `"block"` for `sage1` and `sage1-int8`, else `"thread"`. */
@@ -102,11 +122,35 @@ export interface AttentionOptions<O extends FloatDType = FloatDType>
   smoothK?: boolean;
   /** Whether to subtract from V its mean over tokens; corrected exactly. Default: `false`. */
   smoothV?: boolean;
+  /**
+   * How many keys share a mean where K is smoothed, a multiple of 64; what each mean adds to the scores is computed in
+   * FP32. Fewer keys leave less to quantize, which pays at 4 bits. Default: all of them.
+   */
+  kMeanRows?: number;
+  /**
+   * Whether to multiply Q and K, less their means, by a Hadamard matrix with random signs before they are quantized:
+   * Q·Kᵀ stays what it is, and what stands out in one channel is spread over all. Default: `false`.
+   */
+  rotate?: boolean;
+  /**
+   * Whether each 128 queries meet the first 64 keys, and the tiles of 64 keys on the diagonal, without quantization;
+   * only with `causal`. There language models put nearly all of their weight, and the share of these tiles falls with
+   * the length: 17 % of all at 2048 tokens, 1.2 % at 32768. Default: `false`.
+   */
+  band?: boolean;
+  /**
+   * Whether the first key and value count without quantization, apart from the others: for the sink of attention that
+   * many models make of the first token. Default: `false`.
+   */
+  firstToken?: boolean;
 }
 
-const flashNames = ["causal", "scale", "out", "outDtype", "returnLse"];
-const quantizedNames = [...flashNames, "kernel", "pvAccumulator", "pvRange", "exponential"];
-const attentionNames = [...quantizedNames, "granularity", "smoothQ", "smoothK", "smoothV"];
+const commonNames = [...maskNames, "scale", "out", "outDtype", "returnLse"];
+const flashNames = [...commonNames, ...maskTensorNames];
+const quantizedNames = [...commonNames, "kernel", "pvAccumulator", "pvRange", "exponential"];
+const smoothNames = ["granularity", "smoothQ", "smoothK", "smoothV"];
+const beyondNames = ["kMeanRows", "rotate", "band", "firstToken"] as const;
+const attentionNames = [...quantizedNames, ...maskTensorNames, ...smoothNames, ...beyondNames];
 
 /** The options that each function knows. */
 export const optionNames = {
@@ -130,10 +174,12 @@ export function checkAttentionOptions(
 ): void {
   checkOptions(action, options, known);
   checkBoolean(action, "causal", options.causal);
+  checkMaskOptions(action, options);
   checkBoolean(action, "returnLse", options.returnLse);
   checkBoolean(action, "smoothQ", options.smoothQ);
   checkBoolean(action, "smoothK", options.smoothK);
   checkBoolean(action, "smoothV", options.smoothV);
+  checkBeyond(action, options);
   const { kernel = "auto", scale, granularity, pvAccumulator, pvRange, exponential } = options;
   checkOneOf(action, "kernel", kernel, kernels);
   // The library computes in single precision, where this must not become 0 or infinite.
@@ -171,8 +217,26 @@ function checkKernel(
   throw new TypeError(cannot(action, `kernel with ${option}`, `be ${list(allowed)}`, kernel));
 }
 
+function checkBeyond(action: string, options: AttentionOptions): void {
+  const { kMeanRows, rotate, band, firstToken, causal, smoothK } = options;
+  checkBoolean(action, "rotate", rotate);
+  checkBoolean(action, "band", band);
+  checkBoolean(action, "firstToken", firstToken);
+  if (band && !causal) {
+    throw new TypeError(cannot(action, "causal with band", "be true", causal));
+  }
+  if (kMeanRows === undefined) return;
+  checkInteger(action, "kMeanRows", kMeanRows, 64, 2 ** 32 - 64);
+  if (kMeanRows % 64 !== 0) {
+    throw new RangeError(cannot(action, "kMeanRows", "be a multiple of 64", kMeanRows));
+  }
+  if (smoothK === false) {
+    throw new TypeError(cannot(action, "smoothK with kMeanRows", "be absent or true", smoothK));
+  }
+}
+
 function checkUnquantized(action: string, options: AttentionOptions): void {
-  for (const name of ["granularity", "smoothQ", "smoothK", "smoothV"] as const) {
+  for (const name of ["granularity", "smoothQ", "smoothK", "smoothV", ...beyondNames] as const) {
     const value = options[name];
     if (value !== undefined && value !== false) {
       throw new TypeError(
@@ -186,12 +250,16 @@ function checkUnquantized(action: string, options: AttentionOptions): void {
 export function writeOptions(call: Struct, at: number, options: AttentionOptions): void {
   const { kernel, granularity, pvAccumulator, pvRange, exponential, scale } = options;
   if (kernel) call.setInt(at + optionsStruct.kernel, kernelNumbers[kernel]);
-  if (options.causal) call.setInt(at + optionsStruct.causal, 1);
+  writeMaskOptions(call, at, options);
   if (scale) call.setFloat(at + optionsStruct.scale, scale);
   if (granularity) call.setInt(at + optionsStruct.granularity, granularityNumbers[granularity]);
   call.setInt(at + optionsStruct.smoothQ, switchNumber(options.smoothQ));
   call.setInt(at + optionsStruct.smoothK, switchNumber(options.smoothK));
   call.setInt(at + optionsStruct.smoothV, switchNumber(options.smoothV));
+  call.setInt(at + optionsStruct.rotate, switchNumber(options.rotate));
+  call.setInt(at + optionsStruct.band, switchNumber(options.band));
+  call.setInt(at + optionsStruct.firstToken, switchNumber(options.firstToken));
+  if (options.kMeanRows) call.setInt(at + optionsStruct.kMeanRows, options.kMeanRows);
   if (pvAccumulator) {
     call.setInt(at + optionsStruct.pvAccumulator, accumulatorNumbers[pvAccumulator]);
   }

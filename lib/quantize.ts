@@ -367,6 +367,7 @@ const operandDTypes: Record<QuantizedKernel, { qk: CodeDType; v: CodeDType | und
   "sage2": { qk: "i8", v: "e4m3" },
   "sage2-int4": { qk: "i4", v: "e4m3" },
   "sage2++": { qk: "i8", v: "e4m3" },
+  "sage-int8": { qk: "i8", v: "i8" },
 };
 
 /** The largest magnitude of V that goes with each one of P. */

@@ -79,6 +79,7 @@ export const meanBounds: Record<TestKernel, MeanBounds> = {
   "sage2": { l1: 0.05, lse: 0.0148 },
   "sage2-int4": { l1: 0.275, lse: 0.11 },
   "sage2++": { l1: 0.053, lse: 0.0148 },
+  "sage-int8": { l1: 0.028, lse: 0.0148 },
 };
 
 /** Rounding of the output, which the kernels share. */
@@ -146,6 +147,7 @@ export const worstBounds: Record<TestKernel, Record<FloatDType, WorstBounds>> = 
   sage2: quantized({ all: 0.049, row: 0.11, lse: 0.031 }),
   "sage2-int4": quantized({ all: 0.26, row: 0.66, lse: 0.68 }),
   "sage2++": quantized({ all: 0.047, row: 0.1, lse: 0.031 }),
+  "sage-int8": quantized({ all: 0.025, row: 0.055, lse: 0.047 }),
 };
 
 /** Where quantization outweighs the rounding of the element types. */

@@ -51,7 +51,7 @@ deviceTest("attentionQuantized() agrees with the definition", async (device) => 
         using kCodes = quantize(k, { operand: "key", dtype, granularity, smooth: true });
         using values = kernel === "sage1" ? smooth(v) : quantize(v, {
           operand: "value",
-          dtype: kernel === "sage1-int8" ? "i8" : "e4m3",
+          dtype: kernel.endsWith("int8") ? "i8" : "e4m3",
           range: kernel === "sage2++" ? 9 : undefined,
           smooth: granularity === "warp",
         });
@@ -98,7 +98,7 @@ async function runQuantized(
     ? { 448: 2.25, 224: 4.5, 112: 9 }[options.pvRange ?? 112]
     : undefined;
   using values = kernel !== "sage1"
-    ? quantize(v, kernel === "sage1-int8" ? { ...value, dtype: "i8" } : { ...value, range })
+    ? quantize(v, kernel.endsWith("int8") ? { ...value, dtype: "i8" } : { ...value, range })
     : smoothV
     ? smooth(v)
     : v.view({});
@@ -135,9 +135,10 @@ for (const kernel of sageKernels) {
         const whole = await runQuantized(tensors, options);
         const name = JSON.stringify(options), { smoothQ, smoothK } = smoothing;
         // ΔS, and what mean(K) adds to the log-sum-exp, come from codes there and from floats here.
-        const int4 = kernel === "sage2-int4";
+        // sage-int8 divides by sums of codes, some of which that rounds to the other side.
+        const int4 = kernel === "sage2-int4", eight = kernel === "sage-int8" ? 0.0042 : 0.0029;
         const outBound = smoothQ ? int4 ? 0.062 : 0.0122 : 1e-4;
-        const lseBound = smoothK ? int4 ? 1.56 : 0.09 : smoothQ ? int4 ? 0.05 : 0.0029 : 1e-4;
+        const lseBound = smoothK ? int4 ? 1.56 : 0.09 : smoothQ ? int4 ? 0.05 : eight : 1e-4;
         within(relativeL1(whole.out, out), outBound, `quantized operands, ${name}`);
         within(worstDifference(whole.lse, lse), lseBound, `lse of quantized operands, ${name}`);
         if (!smoothK) continue;

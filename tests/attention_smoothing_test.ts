@@ -21,6 +21,7 @@ const smoothBounds: Record<string, { out: number; lse: number }> = {
   sage2: { out: 0.049, lse: 0.0075 },
   "sage2-int4": { out: 0.27, lse: 0.21 },
   "sage2++": { out: 0.049, lse: 0.0075 },
+  "sage-int8": { out: 0.027, lse: 0.011 },
 };
 const smoothQBounds: typeof smoothBounds = {
   sage1: { out: 0.043, lse: 0.047 },
@@ -28,6 +29,7 @@ const smoothQBounds: typeof smoothBounds = {
   sage2: { out: 0.142, lse: 0.026 },
   "sage2-int4": { out: 0.69, lse: 0.8 },
   "sage2++": { out: 0.146, lse: 0.026 },
+  "sage-int8": { out: 0.08, lse: 0.047 },
 };
 
 for (const kernel of sageKernels) {

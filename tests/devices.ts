@@ -33,6 +33,7 @@ export const kernels: readonly Exclude<Kernel, "auto">[] = [
   "sage2",
   "sage2-int4",
   "sage2++",
+  "sage-int8",
 ];
 
 /** One test for each device; it fails where the body leaves an allocation or a stream behind. */

@@ -22,7 +22,7 @@ import {
 // ---- attention ----------------------------------------------------------------------------------------
 
 const anyKernel =
-  `be one of "auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++"`;
+  `be one of "auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++", "sage-int8"`;
 const anyGranularity = `be one of "token", "block", "warp", "thread"`;
 const anyFloat = `be one of "f32", "f16", "bf16"`;
 
@@ -34,6 +34,16 @@ const options: [string, Loose[], Loose[], string, Loose?][] = [
   ["smoothQ", [1, "on"], [], "be a boolean"],
   ["smoothK", [0, "yes", null], [], "be a boolean"],
   ["smoothV", ["off"], [], "be a boolean"],
+  ["rotate", [1, "yes", null], [], "be a boolean"],
+  ["band", [1, "yes", null], [], "be a boolean", { causal: true }],
+  ["firstToken", [1, "yes", null], [], "be a boolean"],
+  [
+    "kMeanRows",
+    ["64", null, true],
+    [0, 63.5, -64, NaN, 2 ** 32],
+    "be a whole number from 64 to 4294967232",
+  ],
+  ["kMeanRows", [], [65, 100, 127], "be a multiple of 64"],
   [
     "scale",
     ["1", 1n, null, true],
@@ -75,7 +85,16 @@ refuses(
   ),
 );
 
-const kernels = ["auto", "flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++"] as const;
+const kernels = [
+  "auto",
+  "flash",
+  "sage1",
+  "sage1-int8",
+  "sage2",
+  "sage2-int4",
+  "sage2++",
+  "sage-int8",
+] as const;
 
 /** Options that only one kernel takes. */
 const ofOneKernel = [
@@ -93,6 +112,9 @@ refuses(
       ["smoothV", true],
       ["granularity", "block"],
       ["granularity", "token"],
+      ["rotate", true],
+      ["firstToken", true],
+      ["kMeanRows", 64],
     ] as const).map(([name, value]): Case => ({
       name: `${call.name}(), ${name} ${value} with flash`,
       call: ({ q, k, v }) => call(q, k, v, { kernel: "flash", [name]: value }),
@@ -102,6 +124,24 @@ refuses(
         `current value is ${shown(value)}.`,
       ],
     })),
+    {
+      name: `${call.name}(), band with flash`,
+      call: ({ q, k, v }) => call(q, k, v, { kernel: "flash", band: true, causal: true }),
+      error: TypeError,
+      says: [`${cannot} band with kernel "flash" must be absent, as nothing is quantized`],
+    },
+    ...[undefined, false].map((causal): Case => ({
+      name: `${call.name}(), band with causal ${causal}`,
+      call: ({ q, k, v }) => call(q, k, v, { kernel: "sage2", band: true, causal }),
+      error: TypeError,
+      says: [`${cannot} causal with band must be true: current value is ${causal}.`],
+    })),
+    {
+      name: `${call.name}(), kMeanRows without smoothK`,
+      call: ({ q, k, v }) => call(q, k, v, { kernel: "sage2", kMeanRows: 64, smoothK: false }),
+      error: TypeError,
+      says: [`${cannot} smoothK with kMeanRows must be absent or true: current value is false.`],
+    },
     ...ofOneKernel.flatMap(([option, name, only]): Case[] =>
       [...kernels.filter((kernel) => kernel !== only), undefined].map((kernel) => ({
         name: `${call.name}() with ${Deno.inspect(option)} and kernel ${kernel}`,
@@ -126,7 +166,7 @@ const takers: [string, (fixture: Fixture, options: Loose) => unknown, string, st
     "flashAttention",
     ({ q, k, v }, o) => flashAttention(q, k, v, o),
     "run attention",
-    `"causal", "scale", "out", "outDtype", "returnLse".`,
+    `"causal", "alignment", "window", "softcap", "scale", "out", "outDtype", "returnLse", "mask", "sinks", "alibi".`,
   ],
   ["explain", ({ q, k, v }, o) => explain(q, k, v, o), "explain attention", `"device"`],
   ["smooth", ({ q }, o) => smooth(q, o), "smooth", `"blockRows", "outDtype".`],
@@ -318,7 +358,7 @@ refuses("values of each option elsewhere", [
       error,
       says: [
         `Cannot make a tensor as ${name} must be one of ${
-          name === "dtype" ? `"f32", "f16", "bf16", "i8", "i4", "e4m3"` : `"HND", "NHD"`
+          name === "dtype" ? `"f32", "f16", "bf16", "i8", "i4", "e4m3", "bool"` : `"HND", "NHD"`
         }: current value is ${shown(value)}.`,
       ],
     }))

@@ -54,16 +54,18 @@ class Arena {
 // What both kinds of attention need: packed tiles and a scratch for every worker.
 void take_tiles(Attention& a, bool exact_keys, Arena& arena) {
   const int64_t batch = a.k.batch(), heads = a.k.heads(), tiles = a.tiles(), channels = a.k.channels();
+  const int64_t code_channels = a.rotated ? rotated_channels(channels) : channels;
   const int64_t codes_per_word = 4 / kernels().code_bytes;
-  const bool flash = a.kernel == Kernel::kFlash, integer_values = a.kernel == Kernel::kSage1Int8;
-  a.key_tile_bytes = size_t(kKeyTile * 4 * (flash ? channels : ceil_div(channels, codes_per_word)));
-  a.value_tile_bytes = size_t(kKeyTile * 4 * a.padded_v_dim() / (integer_values ? codes_per_word : 1));
+  const bool flash = a.kernel == Kernel::kFlash;
+  a.key_tile_bytes = size_t(kKeyTile * 4 * (flash ? channels : ceil_div(code_channels, codes_per_word)));
+  a.value_tile_bytes = size_t(kKeyTile * 4 * a.padded_v_dim() / (a.integer_values() ? codes_per_word : 1));
   a.key_tiles = arena.take<char>({batch, heads, tiles, int64_t(a.key_tile_bytes)});
   a.value_tiles = arena.take<char>({batch, heads, tiles, int64_t(a.value_tile_bytes)});
   if (!flash) {
     a.key_scales = arena.take<float>({batch, heads, tiles, kKeyTile});
     a.bad_keys = arena.take<uint64_t>({batch, heads, tiles});
     if (exact_keys) a.exact_keys = arena.take<float>({batch, heads, tiles, kKeyTile, channels});
+    if (a.band) a.exact_values = arena.take<float>({batch, heads, tiles, kKeyTile, a.padded_v_dim()});
   }
   a.bad_values = arena.take<uint64_t>({batch, heads, tiles});
   a.value_peaks = arena.take<float>({batch, heads, tiles});
@@ -88,7 +90,7 @@ Attention prepare(const AttentionOp& op, Arena& arena, Preparation& steps) {
   const bool flash = plan.kernel == Kernel::kFlash;
   Attention a = {};
   a.kernel = plan.kernel;
-  a.causal = op.causal;
+  a.masking = op.masking;
   a.f16_accumulator = plan.f16_accumulator;
   a.fast_exponential = plan.fast_exponential;
   a.scale = op.scale;
@@ -103,21 +105,27 @@ Attention prepare(const AttentionOp& op, Arena& arena, Preparation& steps) {
       step = {x, mean, View{}, rows};
     };
     means(plan.smooth_q, op.q, kQueryMeanRows, a.q_mean, steps.q_mean);
-    means(plan.smooth_k, op.k, op.k.tokens(), a.k_mean, steps.k_mean);
+    means(plan.smooth_k, op.k, plan.k_mean_rows, a.k_mean, steps.k_mean);
     means(plan.smooth_v, op.v, op.v.tokens(), a.v_mean, steps.v_mean);
     a.q_mean_rows = kQueryMeanRows;
+    a.k_mean_rows = plan.k_mean_rows;
+    a.many_k_means = plan.smooth_k && plan.k_mean_rows < op.k.tokens();
+    a.rotated = plan.rotate;
+    a.band = plan.band;
+    a.first_token = plan.first_token;
 
     const float range = plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
     const auto codes = [&](const View& x, const View& mean, int64_t mean_rows, Grouping grouping, int64_t group_rows,
                            View& codes, View& scales, QuantizeOp& step) {
-      codes = arena.take(DType::kI8, x.batch(), x.heads(), x.tokens(), x.channels());
+      const int64_t channels = plan.rotate ? rotated_channels(x.channels()) : x.channels();
+      codes = arena.take(DType::kI8, x.batch(), x.heads(), x.tokens(), channels);
       scales = arena.take(DType::kF32, x.batch(), x.heads(), group_count(grouping, x.tokens(), group_rows), 1);
-      step = {x, mean, codes, scales, false, grouping, group_rows, mean_rows, range};
+      step = {x, mean, codes, scales, false, grouping, group_rows, mean_rows, range, plan.rotate};
     };
     a.q_grouping = plan.q_grouping, a.q_group_rows = plan.q_group_rows;
     a.k_grouping = plan.k_grouping, a.k_group_rows = plan.k_group_rows;
     codes(op.q, a.q_mean, kQueryMeanRows, a.q_grouping, a.q_group_rows, a.q_codes, a.q_scales, steps.q);
-    codes(op.k, a.k_mean, op.k.tokens(), a.k_grouping, a.k_group_rows, a.k_codes, a.k_scales, steps.k);
+    codes(op.k, a.k_mean, plan.k_mean_rows, a.k_grouping, a.k_group_rows, a.k_codes, a.k_scales, steps.k);
 
     a.center_values = plan.kernel == Kernel::kSage1 && plan.smooth_v;
     steps.quantizes_values = plan.kernel != Kernel::kSage1;
@@ -125,7 +133,7 @@ Attention prepare(const AttentionOp& op, Arena& arena, Preparation& steps) {
       a.v_scales = arena.take(DType::kF32, op.v.batch(), op.v.heads(), 1, op.v.channels());
     }
     if (steps.quantizes_values) {
-      const bool int8 = plan.kernel == Kernel::kSage1Int8;
+      const bool int8 = a.integer_values();
       a.values =
           arena.take(int8 ? DType::kI8 : DType::kE4M3, op.v.batch(), op.v.heads(), op.v.tokens(), op.v.channels());
       steps.v = {op.v,       a.v_mean,      a.values,
@@ -133,7 +141,7 @@ Attention prepare(const AttentionOp& op, Arena& arena, Preparation& steps) {
                  1,          op.v.tokens(), int8 ? kInt8Range : plan.v_range};
     }
   }
-  take_tiles(a, plan.smooth_q, arena);
+  take_tiles(a, plan.smooth_q || plan.band, arena);
   return a;
 }
 
@@ -141,7 +149,7 @@ Attention prepare(const QuantizedAttentionOp& op, Arena& arena) {
   const Plan& plan = op.plan;
   Attention a = {};
   a.kernel = plan.kernel;
-  a.causal = op.causal;
+  a.masking = op.masking;
   a.f16_accumulator = plan.f16_accumulator;
   a.fast_exponential = plan.fast_exponential;
   a.scale = op.scale;
@@ -153,6 +161,7 @@ Attention prepare(const QuantizedAttentionOp& op, Arena& arena) {
   a.q_grouping = plan.q_grouping, a.q_group_rows = plan.q_group_rows;
   a.k_grouping = plan.k_grouping, a.k_group_rows = plan.k_group_rows;
   a.q_mean_rows = op.q_mean_rows;
+  a.k_mean_rows = op.k.tokens();
   if (scales_values(a)) a.v_scales = arena.take(DType::kF32, op.v.batch(), op.v.heads(), 1, op.v.channels());
   take_tiles(a, true, arena);
   return a;

@@ -18,12 +18,15 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // One attention call as its tasks see it. Views of what is absent have no data.
 struct Attention {
   Kernel kernel;
-  bool causal;
+  Masking masking;
   bool f16_accumulator;
   bool fast_exponential;
   float scale;
   float p_range;  // the code of probability 1
-  View q, k, v;   // the caller's, numbers or codes: what is exact where codes hold no number
+  bool rotated;   // codes are those of rotated rows
+  bool band;
+  bool first_token;
+  View q, k, v;  // the caller's, numbers or codes: what is exact where codes hold no number
   View o, lse;
   View q_codes, q_scales;  // i8 or i4, with f32 scales [B, H, groups, 1]
   View k_codes, k_scales;
@@ -31,7 +34,9 @@ struct Attention {
   int64_t q_group_rows, k_group_rows;
   View q_mean;  // its product with the keys is added to the scores
   int64_t q_mean_rows;
-  View k_mean;            // its product with the queries is added to lse
+  View k_mean;  // its product with the queries is added to lse
+  int64_t k_mean_rows;
+  bool many_k_means;      // it has many rows, and their products with the queries are added to the scores
   View values;            // what is packed: v, or codes of it
   View v_scales, v_mean;  // of the packed values: the output is sum * scale + mean
   bool center_values;     // packing subtracts v_mean
@@ -39,15 +44,18 @@ struct Attention {
   char* key_tiles;
   size_t key_tile_bytes;
   float* key_scales;   // one a key
-  float* exact_keys;   // with q_mean: [D, kKeyTile] a tile
+  float* exact_keys;   // with q_mean or a band: keys less their mean, [D, kKeyTile] a tile
   uint64_t* bad_keys;  // one bit a key: its codes hold no number
   char* value_tiles;
   size_t value_tile_bytes;
+  float* exact_values;   // with a band: what value tiles are codes of
   uint64_t* bad_values;  // one bit a key: some of its values are not finite
   float* value_peaks;    // flash: the largest finite magnitude of a tile
   char* scratch;         // scratch_bytes for every worker
   size_t scratch_bytes;
 
+  bool integer_values() const { return kernel == Kernel::kSage1Int8 || kernel == Kernel::kSageInt8; }
+  bool keeps_queries() const { return band || first_token || many_k_means; }  // beside their codes
   int64_t tiles() const { return ceil_div(k.tokens(), kKeyTile); }
   int64_t query_tiles() const { return ceil_div(q.tokens(), kQueryTile); }
   int64_t padded_v_dim() const { return round_up(v.channels(), kChannelPad); }

@@ -44,12 +44,12 @@ SAGE_INLINE void transpose_keys(const uint32_t* from, int words, uint32_t* to) {
   }
 }
 
-// For the correction of smoothed queries: numbers less their mean, or dequantized codes.
+// For the correction of smoothed queries, and for the band: numbers less their mean, or dequantized codes.
 inline void pack_exact_keys(const Attention& a, const KeyTile& tile, float* rows) {
   const int channels = int(a.k.channels());
   const bool codes = a.k.data == a.k_codes.data;
   const View no_mean;
-  CenteredRows centered(a.k, codes ? no_mean : a.k_mean, a.k.tokens(), tile.head, 0, channels);
+  CenteredRows centered(a.k, codes ? no_mean : a.k_mean, a.k_mean_rows, tile.head, 0, channels);
   alignas(64) float values[kRowFloats];
   for (int key = 0; key < tile.keys; ++key) {
     float scale = 1.0f;
@@ -77,11 +77,11 @@ void pack_keys(const Attention& a, int64_t task) {
   }
   uint64_t bad = 0;
   Code* codes = reinterpret_cast<Code*>(rows);
-  const int words = words_of(channels);
+  const int code_channels = int(a.k_codes.channels()), words = words_of(code_channels);
   for (int key = 0; key < tile.keys; ++key) {
     const int64_t n = tile.begin + key;
     const bool good =
-        load_words(a.k_codes, tile.b, tile.h, n, channels, kCodeOffset, codes + key * words * kCodesPerWord);
+        load_words(a.k_codes, tile.b, tile.h, n, code_channels, kCodeOffset, codes + key * words * kCodesPerWord);
     bad |= uint64_t(!good) << key;
     a.key_scales[task * kKeyTile + key] =
         *at<float>(a.k_scales, tile.b, tile.h, group_of(a.k_grouping, n, a.k_group_rows));
@@ -89,7 +89,7 @@ void pack_keys(const Attention& a, int64_t task) {
   for (int key = tile.keys; key < kKeyTile; ++key) a.key_scales[task * kKeyTile + key] = 0.0f;
   a.bad_keys[task] = bad;
   transpose_keys(reinterpret_cast<uint32_t*>(rows), words, to);
-  if (a.q_mean) {
+  if (a.q_mean || a.band) {
     if (tile.keys < kKeyTile) memset(rows, 0, sizeof rows);
     pack_exact_keys(a, tile, rows);
     transpose_keys(reinterpret_cast<uint32_t*>(rows), channels,
@@ -187,15 +187,32 @@ inline void pack_value_numbers(const Attention& a, const KeyTile& tile, uint64_t
   a.value_peaks[tile.index] = float_of(uint32_t(largest(peaks)));
 }
 
+// For the band: the numbers that codes stand for, over the scales of the codes.
+inline void pack_exact_values(const Attention& a, const KeyTile& tile) {
+  const int channels = int(a.v.channels()), stride = int(a.padded_v_dim());
+  CenteredRows rows(a.v, a.v_mean, a.v.tokens(), tile.head, 0, channels);
+  alignas(64) float inverse_scales[kRowFloats], values[kRowFloats] = {};
+  for (int c = 0; c < channels; ++c) {
+    inverse_scales[c] = a.v_scales ? 1.0f / *at<float>(a.v_scales, tile.b, tile.h, 0, c) : 1.0f;
+  }
+  float* to = a.exact_values + tile.index * kKeyTile * stride;
+  memset(to, 0, sizeof(float) * kKeyTile * stride);
+  for (int key = 0; key < tile.keys; ++key, to += stride) {
+    rows.load_centered(tile.begin + key, values);
+    for (int c = 0; c < channels; ++c) to[c] = is_finite(values[c]) ? values[c] * inverse_scales[c] : 0.0f;
+  }
+}
+
 void pack_values(const Attention& a, int64_t task) {
   const KeyTile tile(a, task);
   uint64_t bad = 0;
-  if (a.kernel == Kernel::kSage1Int8) {
+  if (a.integer_values()) {
     pack_value_codes(a, tile, bad);
   } else {
     pack_value_numbers(a, tile, bad);
   }
   a.bad_values[task] = bad;
+  if (a.band) pack_exact_values(a, tile);
 }
 
 }  // namespace sage::cpu::SAGE_ISA

@@ -34,6 +34,23 @@ class CenteredRows {
   alignas(64) float mean_values_[kRowFloats];
 };
 
+// Rotates a row that ends with room for rotated_channels(channels) numbers: see numerics.h.
+inline void rotate_row(float* x, int channels) {
+  const int padded = rotated_channels(channels);
+  for (int c = 0; c < channels; ++c) x[c] *= rotation_sign(uint32_t(c)) / float(padded);
+  for (int c = channels; c < padded; ++c) x[c] = 0.0f;
+  for (int step = 1; step < padded; step *= 2) {
+    for (int first = 0; first < padded; first += 2 * step) {
+      for (int c = first; c < first + step; ++c) {
+        const float a = x[c], b = x[c + step];
+        x[c] = a + b;
+        x[c + step] = a - b;
+      }
+    }
+  }
+  for (int c = padded; c % kLanes; ++c) x[c] = 0.0f;
+}
+
 SAGE_INLINE Ints finite_magnitude(Floats x) {  // in bits, which sort like the numbers; 0 where x is not finite
   const Ints magnitude = (Ints)x & 0x7fffffff;
   return magnitude < 0x7f800000 ? magnitude : Ints{};
@@ -67,13 +84,17 @@ void quantize_rows(const QuantizeOp& op, int64_t task) {
   const int64_t first_group = group_of(op.grouping, begin, op.group_rows);
   const int groups =
       op.grouping == Grouping::kToken ? int(end - begin) : int(group_count(op.grouping, op.group_rows, op.group_rows));
-  const int channels = int(x.channels());
+  const int row_channels = int(x.channels()), channels = op.rotate ? rotated_channels(row_channels) : row_channels;
 
-  CenteredRows rows(x, op.mean, op.mean_rows, head, 0, channels);
+  CenteredRows rows(x, op.mean, op.mean_rows, head, 0, row_channels);
   alignas(64) float values[kRowFloats];
+  const auto load_values = [&](int64_t n) {
+    rows.load_centered(n, values);
+    if (op.rotate) rotate_row(values, row_channels);
+  };
   Ints peaks[kSpanRows] = {};
   for (int64_t n = begin; n < end; ++n) {
-    rows.load_centered(n, values);
+    load_values(n);
     Ints& peak = peaks[group_of(op.grouping, n, op.group_rows) - first_group];
     for (int c = 0; c < channels; c += kLanes) peak = max(peak, finite_magnitude(load<Floats>(values + c)));
   }
@@ -85,7 +106,7 @@ void quantize_rows(const QuantizeOp& op, int64_t task) {
   }
   alignas(64) uint8_t codes[kRowFloats];
   for (int64_t n = begin; n < end; ++n) {
-    rows.load_centered(n, values);
+    load_values(n);
     const Floats inverse = broadcast(inverses[group_of(op.grouping, n, op.group_rows) - first_group]);
     for (int c = 0; c < channels; c += kLanes) {
       store(codes + c, encode(op.codes.dtype, load<Floats>(values + c), inverse));
