@@ -297,7 +297,9 @@ AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& 
   check_shapes(tensors, op.q, op.k, op.v, op.o, op.lse);
   op.masking = resolve_masking(call.options, op.q, op.k);
   op.causal = op.masking.after == 0;
-  op.plan = plan_attention(shape_of(op.q, op.k, op.v, op.o, op.causal), call.options, traits);
+  AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
+  shape.lse = op.lse || call.lse.shape[0] > 0;
+  op.plan = plan_attention(shape, call.options, traits);
   op.scale = resolve_scale(call.options, op.q);
   return op;
 }

@@ -200,7 +200,8 @@ struct AttentionShape {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens, head_dim, v_dim;
   DType dtype, out_dtype;
   bool causal;
-  bool boxes;  // q, k and v can be copied as boxes
+  bool boxes;        // q, k and v can be copied as boxes
+  bool lse = false;  // is wanted too
 };
 
 // Whether hardware can copy boxes of the tensor (by a tensor map): base and strides are multiples of 16 bytes.

@@ -26,16 +26,21 @@ void check_tokens(const AttentionShape& shape) {
                                   " tokens on a CUDA device: current value is " + std::to_string(tokens) + ".");
 }
 
-// sage2 on sm_90a.
+// sage2 and sage2-int4 on sm_90a.
+bool is_hopper_sage2(const Plan& plan, const DeviceTraits& device) {
+  return is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+}
+
 void set_hopper_tiles(const AttentionShape& shape, Plan& plan) {
   if (plan.granularity != SAGE_GRANULARITY_THREAD) {
     refuse("options.granularity", "thread (4) for sage2 on a CUDA device, or the kernel flash or sage1",
            std::to_string(plan.granularity));
   }
-  if (plan.smooth_q) {
-    refuse("options.smooth_q", "off (1) for sage2 on a CUDA device, or the kernel flash or sage1", "on (2)");
+  if (plan.smooth_q && plan.fast_exponential) {
+    refuse("options.exponential", "exact (1) where queries are smoothed on this CUDA device", "fast (2)");
   }
-  const cuda::sm90::Sage2Tiles tiles = cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential);
+  const cuda::sm90::Sage2Tiles tiles =
+      cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = cuda::sm90::kBlockM;
@@ -64,10 +69,10 @@ bool suits_hopper(const AttentionShape& shape, const Plan& plan) {
 void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   check_tokens(shape);
   plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
-  if (plan.kernel == Kernel::kSage2 && is_hopper(device)) return set_hopper_tiles(shape, plan);
+  if (is_hopper_sage2(plan, device)) return set_hopper_tiles(shape, plan);
   if (plan.kernel != Kernel::kFlash && plan.kernel != Kernel::kSage1) {
     refuse("options.kernel",
-           std::string(is_hopper(device) ? "flash, sage1 or sage2" : "flash or sage1") +
+           std::string(is_hopper(device) ? "flash, sage1, sage2 or sage2-int4" : "flash or sage1") +
                " on this CUDA device, or the device must be the CPU",
            kernel_name(plan.kernel));
   }
@@ -80,7 +85,7 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
 }
 
 void choose_hopper_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  if (plan.kernel == Kernel::kSage2 || !is_hopper(device) || !suits_hopper(shape, plan)) return;
+  if (is_hopper_sage2(plan, device) || !is_hopper(device) || !suits_hopper(shape, plan)) return;
   const cuda::sm90::F16Tiles tiles =
       cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1, shape.causal, shape.q_tokens);
   plan.architecture = 90;
@@ -130,7 +135,7 @@ void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& pl
   if (plan.kernel == Kernel::kFlash) {
     if (shape.dtype == DType::kF32) refuse("q.dtype", "f16 or bf16 for flash on a CUDA device", "f32");
     plan.workspace_bytes = 0;
-  } else if (plan.kernel == Kernel::kSage2) {
+  } else if (is_hopper_sage2(plan, device)) {
     plan.workspace_bytes = cuda::Sage2Workspace(shape, plan).bytes;
   } else {
     plan.workspace_bytes = cuda::Sage1Workspace(shape, plan).bytes;
@@ -139,7 +144,7 @@ void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& pl
 
 // Its workspace follows from the operands' strides as well: the stream sizes it.
 void plan_cuda_quantized(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  if (plan.kernel == Kernel::kSage2) {
+  if (plan.kernel != Kernel::kFlash && plan.kernel != Kernel::kSage1) {
     refuse("options.kernel", "sage1 for quantized operands on a CUDA device (flash takes none), or the device the CPU",
            kernel_name(plan.kernel));
   }
