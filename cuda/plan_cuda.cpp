@@ -17,16 +17,16 @@ namespace {
             "Cannot run attention as " + what + " must be " + must + ": current value is " + value + ".");
 }
 
-// What no kernel here has yet.
-void refuse_masking(const AttentionShape& shape) {
+// What no kernel here has yet; `windows`: any alignment and any window.
+void refuse_masking(const AttentionShape& shape, bool windows) {
   const Masking& masking = shape.masking;
   const auto check = [](const char* what, bool good, const char* must, const std::string& value) {
     if (!good)
       refuse(what, std::string(must) + " on a CUDA device, with kernel flash too, or the device the CPU", value);
   };
-  check("options.alignment", masking.after != 0 || masking.offset == shape.k_tokens - shape.q_tokens,
+  check("options.alignment", windows || masking.after != 0 || masking.offset == shape.k_tokens - shape.q_tokens,
         "bottom-right (0)", "top-left (1)");
-  check("options.windowed", masking.before == kUnlimited && masking.after <= 0, "0", "1");
+  check("options.windowed", windows || masking.before == kUnlimited && masking.after <= 0, "0", "1");
   check("options.softcap", masking.softcap == 0, "0", std::to_string(masking.softcap));
   check("mask", !masking.mask, "absent", "given");
   check("sinks", !masking.sinks, "absent", "given");
@@ -43,11 +43,13 @@ void check_tokens(const AttentionShape& shape) {
                                   " tokens on a CUDA device: current value is " + std::to_string(tokens) + ".");
 }
 
-// What only the CPU device has.
-void check_beyond(const Plan& plan, const AttentionShape& shape) {
+// What only the CPU device has, or sage2 on sm_90a.
+void check_beyond(const Plan& plan, const AttentionShape& shape, bool band) {
   constexpr const char* kMust = "off (1) on a CUDA device (kernel flash is exact), or the device must be the CPU";
   if (plan.rotate) refuse("options.rotate", kMust, "on (2)");
-  if (plan.band) refuse("options.band", kMust, "on (2)");
+  if (plan.band && !band) {
+    refuse("options.band", "off (1) on a CUDA device but for sage2 on one of compute capability 9.0", "on (2)");
+  }
   if (plan.first_token) refuse("options.first_token", kMust, "on (2)");
   if (plan.k_mean_rows < shape.k_tokens) {
     refuse("options.k_mean_rows", "0 on a CUDA device (kernel flash is exact), or the device must be the CPU",
@@ -55,16 +57,35 @@ void check_beyond(const Plan& plan, const AttentionShape& shape) {
   }
 }
 
-// sage2 on sm_90a.
+// sage2 and sage2-int4 on sm_90a.
+bool is_hopper_sage2(const Plan& plan, const DeviceTraits& device) {
+  return is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+}
+
+// What the band takes beside causal order: its tiles are copied as boxes of 16-bit numbers.
+void check_hopper_band(const AttentionShape& shape, const Plan& plan) {
+  const auto check = [](bool good, const char* what, const char* must, const std::string& value) {
+    if (!good) refuse(what, std::string(must) + " with options.band on (2) on a CUDA device", value);
+  };
+  check(shape.dtype != DType::kF32, "q.dtype", "f16 or bf16", "f32");
+  check(plan.padded_head_dim <= 128, "the head dimension", "at most 128",
+        std::to_string(std::max(shape.head_dim, shape.v_dim)));
+  check(shape.boxes, "the addresses and strides of q, k and v", "multiples of 16 bytes", "one that is not");
+  check(!plan.smooth_q, "options.smooth_q", "off (1)", "on (2)");
+  check(shape.masking.before == kUnlimited, "options.windowed", "0", "1");
+}
+
 void set_hopper_tiles(const AttentionShape& shape, Plan& plan) {
   if (plan.granularity != SAGE_GRANULARITY_THREAD) {
     refuse("options.granularity", "thread (4) for sage2 on a CUDA device, or the kernel flash or sage1",
            std::to_string(plan.granularity));
   }
-  if (plan.smooth_q) {
-    refuse("options.smooth_q", "off (1) for sage2 on a CUDA device, or the kernel flash or sage1", "on (2)");
+  if (plan.smooth_q && plan.fast_exponential) {
+    refuse("options.exponential", "exact (1) where queries are smoothed on this CUDA device", "fast (2)");
   }
-  const cuda::sm90::Sage2Tiles tiles = cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.band);
+  if (plan.band) check_hopper_band(shape, plan);
+  const cuda::sm90::Sage2Tiles tiles =
+      cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q, plan.band);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = cuda::sm90::kBlockM;
@@ -93,10 +114,10 @@ bool suits_hopper(const AttentionShape& shape, const Plan& plan) {
 void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   check_tokens(shape);
   plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
-  if (plan.kernel == Kernel::kSage2 && is_hopper(device)) return set_hopper_tiles(shape, plan);
+  if (is_hopper_sage2(plan, device)) return set_hopper_tiles(shape, plan);
   if (plan.kernel != Kernel::kFlash && plan.kernel != Kernel::kSage1) {
     refuse("options.kernel",
-           std::string(is_hopper(device) ? "flash, sage1 or sage2" : "flash or sage1") +
+           std::string(is_hopper(device) ? "flash, sage1, sage2 or sage2-int4" : "flash or sage1") +
                " on this CUDA device, or the device must be the CPU",
            kernel_name(plan.kernel));
   }
@@ -120,7 +141,7 @@ bool choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& devic
 }
 
 void choose_hopper_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  if (plan.kernel == Kernel::kSage2 || !is_hopper(device) || !suits_hopper(shape, plan)) return;
+  if (is_hopper_sage2(plan, device) || !is_hopper(device) || !suits_hopper(shape, plan)) return;
   const cuda::sm90::F16Tiles tiles =
       cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1, shape.causal, shape.q_tokens);
   plan.architecture = 90;
@@ -165,15 +186,16 @@ Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device,
 bool cuda_fast_exponential(const AttentionShape&, const DeviceTraits& device) { return is_hopper(device); }
 
 void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  check_beyond(plan, shape);
-  refuse_masking(shape);
+  const bool hopper_sage2 = is_hopper_sage2(plan, device);
+  check_beyond(plan, shape, hopper_sage2);
+  refuse_masking(shape, hopper_sage2);
   set_cuda_tiles(shape, device, plan);
   if (choose_decode_kernel(shape, device, plan)) return;
   choose_hopper_kernel(shape, device, plan);
   if (plan.kernel == Kernel::kFlash) {
     if (shape.dtype == DType::kF32) refuse("q.dtype", "f16 or bf16 for flash on a CUDA device", "f32");
     plan.workspace_bytes = 0;
-  } else if (plan.kernel == Kernel::kSage2) {
+  } else if (is_hopper_sage2(plan, device)) {
     plan.workspace_bytes = cuda::Sage2Workspace(shape, plan).bytes;
   } else {
     plan.workspace_bytes = cuda::Sage1Workspace(shape, plan).bytes;
@@ -182,8 +204,8 @@ void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& pl
 
 // Its workspace follows from the operands' strides as well: the stream sizes it.
 void plan_cuda_quantized(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  refuse_masking(shape);
-  if (plan.kernel == Kernel::kSage2) {
+  refuse_masking(shape, false);
+  if (plan.kernel != Kernel::kFlash && plan.kernel != Kernel::kSage1) {
     refuse("options.kernel", "sage1 for quantized operands on a CUDA device (flash takes none), or the device the CPU",
            kernel_name(plan.kernel));
   }

@@ -212,7 +212,7 @@ class CudaStream final : public Stream {
       return op.plan.architecture == 90 ? sm90::launch_flash(op, stream_) : launch_flash(op, stream_);
     }
     const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
-    if (op.plan.kernel == Kernel::kSage2) return run_sage2(op, shape, stages);
+    if (op.plan.kernel == Kernel::kSage2 || op.plan.kernel == Kernel::kSage2Int4) return run_sage2(op, shape, stages);
     expect_sage1(op.plan);
     const Sage1Workspace layout(shape, op.plan);
     expect_planned(layout.bytes, op.plan);
@@ -404,11 +404,22 @@ class CudaStream final : public Stream {
     run.o = op.o;
     run.lse = op.lse;
     run.packed = layout.at(static_cast<char*>(memory.at(0)), op.plan);
+    run.masking = op.masking;
     run.causal = op.causal;
     run.scale = op.scale;
     run.plan = op.plan;
+    if (op.plan.smooth_q) {
+      stages.begin("mean");
+      const int64_t blocks = (shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM;
+      const View mean = dense(run.packed.q_mean, DType::kF32, shape.batch, shape.q_heads, blocks, shape.head_dim);
+      launch_mean(op.q, mean, sm90::kBlockM, nullptr, stream_);
+    }
     stages.begin("pack");
     sm90::launch_sage2_pack(run, stream_);
+    if (op.plan.smooth_q) {
+      stages.begin("correct");
+      sm90::launch_sage2_shifts(run, stream_);
+    }
     if (op.lse && op.plan.smooth_k) {  // what lse lacks without the mean
       stages.begin("correct");
       const View mean = dense(run.packed.k_mean, DType::kF32, shape.batch, shape.kv_heads, 1, shape.head_dim);

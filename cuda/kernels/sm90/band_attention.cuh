@@ -25,8 +25,8 @@ struct BandParams {
   int head_dim;
 };
 
-template <int kHeadDim, bool kFast, ptx::Half kHalf_>
-struct BandConfig : Sage2Config<kHeadDim, kFast, true> {
+template <int kHeadDim, bool kFast, bool kSums, ptx::Half kHalf_>
+struct BandConfig : Sage2Config<kHeadDim, kFast, false, kSums, true> {
   static constexpr ptx::Half kHalf = kHalf_;
   static constexpr int kPanels16 = kHeadDim / 64, kQueryBytes16 = kBlockM * kHeadDim * 2,
                        kTileBytes16 = kBandKeys * kHeadDim * 2;
@@ -37,20 +37,32 @@ struct BandConfig : Sage2Config<kHeadDim, kFast, true> {
 
 // ---- items --------------------------------------------------------------------------------------------------------
 
-// Which keys of an item are in the band: tile 0 of 64 keys, and those that hold the last key of any row.
+// Key tiles of kBandKeys. Of 64 rows those are in the band that hold one of the last 64 keys of any row, and tile 0;
+// where diagonal and tiles meet, that is the tile of the rows themselves and the one before it.
+struct Rows64 {
+  int first, last;  // of those about the diagonal
+
+  __device__ __forceinline__ Rows64(const Sage2Params& p, int row) {
+    first = max(last_key(p, row) - (kBandKeys - 1), 0) / kBandKeys;
+    last = max(last_key(p, min(row + 63, p.q_tokens - 1)), 0) / kBandKeys;
+  }
+};
+
+// Those of an item: tile 0, and those about the diagonal of its rows.
 struct Parts {
-  int diagonal;   // the first tile of the latter
+  int diagonal;   // the first of the latter
   int tiles;      // of the band
-  int low_tiles;  // of INT8 and FP8; the last of them may have keys of the band, tile 0 has
+  int low_tiles;  // of INT8 and FP8: up to the last key that is outside of the band for some row
 
   template <class C>
   static __device__ __forceinline__ Parts of(const Sage2Params& p, int block) {
-    const int first_row = block * kBlockM, last_row = min(first_row + kBlockM, p.q_tokens) - 1;
-    const int last = last_key(p, last_row);
+    const int row = block * kBlockM;
+    const Rows64 upper(p, row), lower(p, row + 64);
+    const bool seen = last_key(p, min(row + kBlockM, p.q_tokens) - 1) >= 0;
     Parts parts;
-    parts.diagonal = max(last_key(p, first_row), 0) / kBandKeys;
-    parts.tiles = last < 0 ? 0 : last / kBandKeys + 1 - parts.diagonal + (parts.diagonal > 0);
-    parts.low_tiles = parts.diagonal < 2 ? 0 : (parts.diagonal * kBandKeys + C::kBlockN - 1) / C::kBlockN;
+    parts.diagonal = shared_by_warp(upper.first);
+    parts.tiles = shared_by_warp(seen ? max(upper.last, lower.last) + 1 - upper.first + (upper.first > 0) : 0);
+    parts.low_tiles = shared_by_warp(lower.first < 2 ? 0 : (lower.first * kBandKeys + C::kBlockN - 1) / C::kBlockN);
     return parts;
   }
   // The first keys first, so that every row has a maximum.
@@ -61,8 +73,8 @@ struct Parts {
 template <class C>
 struct BandCourse : Course<C> {
   Parts parts;
-  int own_tiles;    // of the band, that a row of this warpgroup sees; or one
-  bool bad_values;  // a value of the plane is not finite
+  int own_first, own_last;  // tiles of the band about the diagonal, for the rows of this warpgroup
+  bool bad_values;          // a value of the plane is not finite
 
   __device__ __forceinline__ BandCourse(const Sage2Params& p, uint32_t index, int group) {
     this->index = index;
@@ -73,18 +85,21 @@ struct BandCourse : Course<C> {
     parts = Parts::of<C>(p, item.block);
     if (parts.tiles == 0) return;
     const uint32_t flags = __ldg(p.packed.flags + item.kv_plane);
-    own_tiles = max(last_key(p, this->first_row + group * 64 + 63), 0) / kBandKeys + 1 - parts.diagonal +
-                (parts.diagonal > 0);
+    const Rows64 own(p, this->first_row + group * 64);
+    own_first = shared_by_warp(own.first), own_last = shared_by_warp(own.last);
     this->tile = parts.low_tiles - 1;
+    this->first_key = 0;
     this->first_tile = item.kv_plane * p.tiles;
     const int64_t sixteen = (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * 8 + threadIdx.x / 32;
     this->q_scale = __ldg(p.packed.q_scales + sixteen * 8 + threadIdx.x % 32 / 4);
     if (this->tile >= 0) this->next_k_scale = this->key_scale(p, this->tile);
     const uint32_t shared_flags = __reduce_or_sync(~0u, flags);
-    this->open_tiles = shared_flags & kKeyFlag ? Course<C>::kFlagged : 0;
+    this->last_open = shared_flags & kKeyFlag ? Course<C>::kFlagged : 0;
     bad_values = shared_flags & kValueFlag;
   }
-  __device__ __forceinline__ bool bad_keys() const { return this->open_tiles == Course<C>::kFlagged; }
+  __device__ __forceinline__ bool bad_keys() const { return this->last_open == Course<C>::kFlagged; }
+  __device__ __forceinline__ bool in_band(int tile) const { return tile == 0 || tile >= own_first; }
+  __device__ __forceinline__ bool is_own(int tile) const { return tile >= own_first && tile <= own_last; }
 };
 
 // ---- the two products of a tile of the band -------------------------------------------------------------------------
@@ -194,7 +209,7 @@ __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kSc
                                              const float (&of_mean)[2], const BandCourse<C>& course, int tile,
                                              float (&rescale)[2]) {
   const int first = tile * kBandKeys + 2 * (threadIdx.x % 4), row = course.first_row + row_of_block();
-  if (tile >= course.parts.diagonal) {
+  if (tile >= course.own_first) {
     const int limit[2] = {last_key(p.sage2, row) - first, last_key(p.sage2, row + 8) - first};
 #pragma unroll
     for (int i = 0; i < kScores; i++) {
@@ -224,6 +239,7 @@ __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kSc
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     sum[half] *= rescale[half];
+    if (C::kSums) state.exact[half] *= rescale[half];  // of the other keys; in the end, what they lack in `sum`
     addend[half] = addend_of(state.maximum[half]) - of_mean[half] - C::kShift;
   }
 #pragma unroll
@@ -232,10 +248,10 @@ __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kSc
     s[i] = ptx::exp2_approx(fmaf(s[i], p.factor, addend[half]));
     sum[half] += s[i];
   }
-  return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
+  return moves(rescale);
 }
 
-// P of a tile of INT8 scores, every row of the block sees all of it that is not in the band.
+// P of a tile of INT8 scores. Every row sees all keys of it that are not in the band.
 template <class C>
 __device__ __forceinline__ bool softmax_low(const Sage2Params& p, int (&s)[C::kScores], Exponentials<C>& e,
                                             RowState& state, BandCourse<C>& course, bool first_of_item,
@@ -243,20 +259,23 @@ __device__ __forceinline__ bool softmax_low(const Sage2Params& p, int (&s)[C::kS
   constexpr int kTiles = C::kBlockN / kBandKeys;
   const float factor = course.factor(p);
   const int first = course.tile * kTiles;
-  const bool hidden = first == 0 || first + kTiles > course.parts.diagonal;
+  const bool hidden = course.in_band(first) || course.in_band(first + kTiles - 1), flagged = course.bad_keys();
   if (hidden) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; tile++) {
-      const bool in_band = first + tile == 0 || first + tile >= course.parts.diagonal;
+      const bool masked = course.in_band(first + tile);
 #pragma unroll
-      for (int i = kScores * tile; i < kScores * (tile + 1); i++) s[i] = in_band ? kMasked : s[i];
+      for (int i = kScores * tile; i < kScores * (tile + 1); i++) s[i] = masked ? kMasked : s[i];
     }
   }
-  bool any = course.bad_keys();
+  bool any = flagged;
   if (C::kFast || hidden) {
     any |= __any_sync(~0u, !(factor >= kLeastFactor && (!C::kFast || factor < kMostFactor)));
   }
-  if (any) return softmax_any<C>(p, s, e, state, factor, course, rescale);
+  if (any) {
+    if (flagged) mask_flagged<C>(p, s, course);
+    return softmax_whole<C, true>(s, e, state, factor, Shifts{}, rescale);
+  }
   if constexpr (C::kFast) {
     return softmax_codes<C>(s, e, state, factor, first_of_item, rescale);
   } else {
@@ -286,7 +305,7 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
   Slot<1> query, band_query;
   const auto take_query_buffer = [&](uint32_t index) {
     ptx::barrier_wait(rings.queries.empty(0), query.parity ^ 1);
-    rings.items[0] = index;
+    atomicExch(rings.items, index);  // atomic for racecheck, which does not follow barriers like these
     query.next();
   };
   for (uint32_t index = blockIdx.x; index < p.items;) {
@@ -392,6 +411,10 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
   const auto done = [&](uint32_t barrier) {
     if (lane == 0) ptx::barrier_arrive(barrier);
   };
+  const auto release_queries = [&] {
+    __syncwarp();  // every lane has read whose queries they are
+    done(rings.queries.empty(0));
+  };
   const auto wait_turn = [&] {
     if (C::kTurns) ptx::turn_wait<128 * kGroups>(1 + group);
   };
@@ -411,7 +434,7 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
     ptx::barrier_wait(rings.queries.full(0), query.parity);
     query.next();
     // The reduction leaves it where the compiler keeps what a warp shares.
-    return BandCourse<C>(p, __reduce_or_sync(~0u, rings.items[0]), group);
+    return BandCourse<C>(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.items, 0u) : 0u), group);
   };
   // Scores of the first tile, where there is one; else of whatever lies there, which nobody will read.
   const auto issue_first = [&](const BandCourse<C>& of) {
@@ -500,7 +523,7 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
           slot.next();
         }
 
-        done(rings.queries.empty(0));
+        release_queries();
         const Slot<C::kStages> before = slot.previous();
         const uint32_t kv_plane = item_at<C>(p, index).kv_plane;
         ptx::pin(weights);
@@ -529,7 +552,9 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
           const float rest = low.sum[half] - first[half];
           centred[half] = p.whole_mean ? 1.0f : low.sum[half] > 0.0f ? rest * reciprocal(low.sum[half]) : 0.0f;
           weight[half] = low.sum[half] * rescale[half] * C::kShrunk;
-          if (lane % 4 == 0) band_sum[half] += weight[half];
+          const float share = lane % 4 == 0 ? weight[half] : 0.0f;
+          band_sum[half] += share;
+          if (C::kSums) state.exact[half] = fmaf(state.exact[half], C::kShrunk, -share);
         }
 #pragma unroll
         for (int i = 0; i < C::kHeadDim / 2; i++) {
@@ -537,7 +562,7 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
           o[i] = fmaf(o[i], scales.of(i), means.of(i) * centred[half]) * weight[half];
         }
       } else {
-        done(rings.queries.empty(0));
+        release_queries();
         issue_band();
         scores_of_mean<C>(params, first_band_query, item_at<C>(p, index).kv_plane, of_mean);
         ptx::product_wait<0>();
@@ -553,10 +578,23 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
           clear_not_finite<C>(base + C::kValueAt + of.index * C::kValueStage + C::kBandValuesAt, group);
         }
       };
+      Slot<C::kStages> before = slot;
+      int i = 0;
+      // Goes on to the band's next tile that a row of this warpgroup sees.
+      const auto next_tile = [&] {
+        before = slot;
+        while (true) {
+          slot.next();
+          if (++i == course.parts.tiles) return false;
+          if (course.is_own(course.parts.tile(i))) return true;
+          ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+          ptx::barrier_wait(rings.values.full(slot.index), slot.parity);
+          done(rings.keys.empty(slot.index));
+          done(rings.values.empty(slot.index));
+        }
+      };
 #pragma unroll 1
-      for (int i = 1; i < course.own_tiles; i++) {
-        const Slot<C::kStages> before = slot;
-        slot.next();
+      while (next_tile()) {
         ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
         wait_band_values(before);
         ptx::pin(band_weights);
@@ -579,34 +617,26 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
         }
       }
       done(rings.band_queries.empty(0));
-      const Slot<C::kStages> last = slot;
-      slot.next();
-      if (course.own_tiles < course.parts.tiles) {  // one more, of which no row of this warpgroup sees a key
-        ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
-        ptx::barrier_wait(rings.values.full(slot.index), slot.parity);
-        done(rings.keys.empty(slot.index));
-        done(rings.values.empty(slot.index));
-        slot.next();
-      }
-      wait_band_values(last);
+      wait_band_values(before);
       ptx::pin(band_weights);
       ptx::product_fence();
-      issue_band_values<C>(o, band_weights, band_values + last.index * (C::kValueStage >> 4));
+      issue_band_values<C>(o, band_weights, band_values + before.index * (C::kValueStage >> 4));
       course = next_course();
       issue_first(course);
       ptx::product_wait<1>();
       ptx::pin(o);
-      done(rings.values.empty(last.index));
+      done(rings.values.empty(before.index));
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float sum = sum_of_quad(band_sum[half]);
         rescale[half] = sum > 0.0f ? reciprocal(sum) : 0.0f;
         state.sum[half] = sum * (1.0f / C::kShrunk);
+        if (C::kSums) state.exact[half] = (state.exact[half] + band_sum[half]) * (1.0f / C::kShrunk);
       }
 #pragma unroll
       for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= rescale[i >> 1 & 1];
     } else {
-      done(rings.queries.empty(0));
+      release_queries();
       course = next_course();
       issue_first(course);
     }
