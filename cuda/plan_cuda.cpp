@@ -48,7 +48,8 @@ void check_beyond(const Plan& plan, const AttentionShape& shape, bool band) {
   constexpr const char* kMust = "off (1) on a CUDA device (kernel flash is exact), or the device must be the CPU";
   if (plan.rotate) refuse("options.rotate", kMust, "on (2)");
   if (plan.band && !band) {
-    refuse("options.band", "off (1) on a CUDA device but for sage2 on one of compute capability 9.0", "on (2)");
+    refuse("options.band", "off (1) on a CUDA device but for sage2 on one of compute capability 9.0, or the kernel flash",
+           "on (2)");
   }
   if (plan.first_token) refuse("options.first_token", kMust, "on (2)");
   if (plan.k_mean_rows < shape.k_tokens) {
@@ -65,7 +66,7 @@ bool is_hopper_sage2(const Plan& plan, const DeviceTraits& device) {
 // What the band takes beside causal order: its tiles are copied as boxes of 16-bit numbers.
 void check_hopper_band(const AttentionShape& shape, const Plan& plan) {
   const auto check = [](bool good, const char* what, const char* must, const std::string& value) {
-    if (!good) refuse(what, std::string(must) + " with options.band on (2) on a CUDA device", value);
+    if (!good) refuse(what, std::string(must) + " with options.band on (2), or the kernel flash", value);
   };
   check(shape.dtype != DType::kF32, "q.dtype", "f16 or bf16", "f32");
   check(plan.padded_head_dim <= 128, "the head dimension", "at most 128",

@@ -37,13 +37,14 @@ struct BandConfig : Sage2Config<kHeadDim, kFast, false, kSums, true> {
 
 // ---- items --------------------------------------------------------------------------------------------------------
 
-// Key tiles of kBandKeys. Of 64 rows those are in the band that hold one of the last 64 keys of any row, and tile 0;
-// where diagonal and tiles meet, that is the tile of the rows themselves and the one before it.
+// Key tiles of kBandKeys. For 64 rows those are in the band that hold one of the last 65 keys that any of them sees, and
+// tile 0: where diagonal and tiles meet, the tile of the rows themselves and the one before it. That is what numerics.h
+// has for 128 rows, and more.
 struct Rows64 {
   int first, last;  // of those about the diagonal
 
   __device__ __forceinline__ Rows64(const Sage2Params& p, int row) {
-    first = max(last_key(p, row) - (kBandKeys - 1), 0) / kBandKeys;
+    first = max(last_key(p, row) - kBandKeys, 0) / kBandKeys;
     last = max(last_key(p, min(row + 63, p.q_tokens - 1)), 0) / kBandKeys;
   }
 };
@@ -641,7 +642,8 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
       issue_first(course);
     }
     const Item item = item_at<C>(p, index);
-    store_rows<C>(p, item, o, state, item.block * kBlockM + row_of_block(), totals);
+    const float centred[2] = {};
+    store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
     ptx::product_wait<0>();
     ptx::pin(s);
   }

@@ -701,35 +701,30 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int c) {
   }
 }
 
-// o: averages in V's codes; centred: the share of P on values less their mean.
+// o: averages in V's codes (with the band: of V); centred: the share of P on values less their mean. `scratch` is the
+// room of the warpgroup's total.
 template <class C>
-__device__ __forceinline__ void decode_rows(const Sage2Params& p, const Item& item, float (&o)[C::kOutputs],
-                                            const float (&centred)[2]) {
+__device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& item, float (&o)[C::kOutputs],
+                                           const RowState& state, const float (&centred)[2], int first_row,
+                                           uint8_t* scratch) {
   const int c = threadIdx.x % 4;
   const float* scales = p.packed.v_scales + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
   const float* means = p.packed.v_mean + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
-#pragma unroll
-  for (int n = 0; n < C::kHeadDim / 8; n++) {
-    const float2 scale = __ldg(reinterpret_cast<const float2*>(scales + 8 * n));
-    const float2 mean = __ldg(reinterpret_cast<const float2*>(means + 8 * n));
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
-      o[4 * n + r] = fmaf(o[4 * n + r], r & 1 ? scale.y : scale.x, (r & 1 ? mean.y : mean.x) * centred[r >> 1]);
-    }
-  }
-}
-
-// o: averages of V. `scratch` is the room of the warpgroup's total.
-template <class C>
-__device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& item, float (&o)[C::kOutputs],
-                                           const RowState& state, int first_row, uint8_t* scratch) {
-  const int c = threadIdx.x % 4;
   const bool visible_row[2] = {last_key(p, first_row) >= first_key(p, first_row),
                                last_key(p, first_row + 8) >= first_key(p, first_row + 8)};
 #pragma unroll
-  for (int i = 0; i < C::kHeadDim / 2; i++) {
-    // A mean of values is no larger than the largest; rounding must not take it past what the type holds.
-    o[i] = visible_row[i >> 1 & 1] ? fminf(fmaxf(o[i], -p.largest), p.largest) : 0.0f;
+  for (int n = 0; n < C::kHeadDim / 8; n++) {
+    float2 scale = {1.0f, 1.0f}, mean = {};
+    if constexpr (!C::kBand) {
+      scale = __ldg(reinterpret_cast<const float2*>(scales + 8 * n));
+      mean = __ldg(reinterpret_cast<const float2*>(means + 8 * n));
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const float x = fmaf(o[4 * n + r], r & 1 ? scale.y : scale.x, (r & 1 ? mean.y : mean.x) * centred[r >> 1]);
+      // A mean of values is no larger than the largest; rounding must not take it past what the type holds.
+      o[4 * n + r] = visible_row[r >> 1] ? fminf(fmaxf(x, -p.largest), p.largest) : 0.0f;
+    }
   }
   int64_t at[2];
 #pragma unroll
@@ -1020,8 +1015,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       }
     }
     const Item item = item_at<C>(p, index);
-    decode_rows<C>(p, item, o, centred);
-    store_rows<C>(p, item, o, state, item.block * kBlockM + row_of_block(), totals);
+    store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
     if (C::kAhead) {
       ptx::product_wait<0>();
       ptx::pin(s);
