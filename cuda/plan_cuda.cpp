@@ -26,7 +26,7 @@ void refuse_masking(const AttentionShape& shape, bool windows) {
   };
   check("options.alignment", windows || masking.after != 0 || masking.offset == shape.k_tokens - shape.q_tokens,
         "bottom-right (0)", "top-left (1)");
-  check("options.windowed", windows || masking.before == kUnlimited && masking.after <= 0, "0", "1");
+  check("options.windowed", windows || (masking.before == kUnlimited && masking.after <= 0), "0", "1");
   check("options.softcap", masking.softcap == 0, "0", std::to_string(masking.softcap));
   check("mask", !masking.mask, "absent", "given");
   check("sinks", !masking.sinks, "absent", "given");

@@ -68,11 +68,13 @@ function kinds(values: ArrayLike<number>): string[] {
 const references = new Map<string, ReturnType<typeof referenceAttention>>();
 
 for (const kernel of kernels) {
-  for (const causal of [false, true]) {
+  for (const [causal, band] of [[false, false], [true, false], [true, true]]) {
+    if (band && kernel !== "sage2") continue;
+    const more = `${causal ? ", causal" : ""}${band ? " with the band" : ""}`;
     deviceTest(
-      `attention() keeps bad numbers where they belong: ${kernel}${causal ? ", causal" : ""}`,
+      `attention() keeps bad numbers where they belong: ${kernel}${more}`,
       async (device) => {
-        const options = exactly({ kernel, causal });
+        const options = exactly({ kernel, causal, ...(band && { band }) });
         for (const [at, { dtype, lengths, seed, tokens, head, signs }] of places.entries()) {
           const { batch, heads, kvHeads, queries, channels } = lengths;
           const clean = randomProblem(lengths, dtype, seed);

@@ -131,6 +131,7 @@ Deno.test({
       waste.push(...findWaste(report).map((line) => `${path}: ${line}`));
     }
     assertEquals(waste, []);
-    assertEquals(silent, ["flash.cu.o.txt"]); // chooses among kernels and has none of its own
+    const kernelless = ["band_attention", "flash", "sage2_attention", "tensor_map"];
+    assertEquals(silent.sort(), kernelless.map((name) => `${name}.cu.o.txt`));
   },
 });
