@@ -15,6 +15,7 @@ namespace sage::cuda::sm90::band {
 using namespace sage2;
 
 constexpr int kBandKeys = 64;     // of a tile of the band
+constexpr int kSinkTiles = 2;     // of them that every row has, the first ones
 constexpr int kWidth = 128;       // bytes of a row of 64 channels: panels of Q, K and V
 constexpr int kScores = kBandKeys / 2, kWeights = kBandKeys / 4;  // registers
 
@@ -28,6 +29,8 @@ struct BandParams {
 template <int kHeadDim, bool kFast, bool kSums, ptx::Half kHalf_>
 struct BandConfig : Sage2Config<kHeadDim, kFast, false, kSums, true> {
   static constexpr ptx::Half kHalf = kHalf_;
+  // The first tile of INT8 and FP8 that is not all in the band.
+  static constexpr int kFirstLow = kSinkTiles * kBandKeys / sage2_tiles(kHeadDim, kFast, false, true).block_n;
   static constexpr int kPanels16 = kHeadDim / 64, kQueryBytes16 = kBlockM * kHeadDim * 2,
                        kTileBytes16 = kBandKeys * kHeadDim * 2;
   // P of 16 bits is also scaled by 2^-kShift, so that bf16 values of 3e38 have finite sums.
@@ -38,8 +41,8 @@ struct BandConfig : Sage2Config<kHeadDim, kFast, false, kSums, true> {
 // ---- items --------------------------------------------------------------------------------------------------------
 
 // Key tiles of kBandKeys. For 64 rows those are in the band that hold one of the last 65 keys that any of them sees, and
-// tile 0: where diagonal and tiles meet, the tile of the rows themselves and the one before it. That is what numerics.h
-// has for 128 rows, and more.
+// the first ones: where diagonal and tiles meet, the tile of the rows themselves and the one before it. That is what
+// numerics.h has for 128 rows, and more.
 struct Rows64 {
   int first, last;  // of those about the diagonal
 
@@ -49,11 +52,11 @@ struct Rows64 {
   }
 };
 
-// Those of an item: tile 0, and those about the diagonal of its rows.
+// Those of an item: the first ones, and those about the diagonal of its rows.
 struct Parts {
   int diagonal;   // the first of the latter
   int tiles;      // of the band
-  int low_tiles;  // of INT8 and FP8: up to the last key that is outside of the band for some row
+  int low_tiles;  // of INT8 and FP8: kFirstLow and on, to the last key that is outside of the band for some row
 
   template <class C>
   static __device__ __forceinline__ Parts of(const Sage2Params& p, int block) {
@@ -62,12 +65,16 @@ struct Parts {
     const bool seen = last_key(p, min(row + kBlockM, p.q_tokens) - 1) >= 0;
     Parts parts;
     parts.diagonal = shared_by_warp(upper.first);
-    parts.tiles = shared_by_warp(seen ? max(upper.last, lower.last) + 1 - upper.first + (upper.first > 0) : 0);
-    parts.low_tiles = shared_by_warp(lower.first < 2 ? 0 : (lower.first * kBandKeys + C::kBlockN - 1) / C::kBlockN);
+    parts.tiles =
+        shared_by_warp(seen ? max(upper.last, lower.last) + 1 - upper.first + min(upper.first, kSinkTiles) : 0);
+    const int end = (lower.first * kBandKeys + C::kBlockN - 1) / C::kBlockN;
+    parts.low_tiles = shared_by_warp(lower.first <= kSinkTiles ? 0 : end - C::kFirstLow);
     return parts;
   }
   // The first keys first, so that every row has a maximum.
-  __device__ __forceinline__ int tile(int i) const { return diagonal == 0 ? i : i == 0 ? 0 : diagonal + i - 1; }
+  __device__ __forceinline__ int tile(int i) const {
+    return i < kSinkTiles ? i : diagonal + i - min(diagonal, kSinkTiles);
+  }
 };
 
 // An item as one lane sees it; `tile` counts those of INT8 and FP8.
@@ -89,8 +96,8 @@ struct BandCourse : Course<C> {
     const Rows64 own(p, this->first_row + group * 64);
     own_first = shared_by_warp(own.first), own_last = shared_by_warp(own.last);
     this->tile = parts.low_tiles - 1;
-    this->first_key = 0;
-    this->first_tile = item.kv_plane * p.tiles;
+    this->first_key = C::kFirstLow * C::kBlockN;
+    this->first_tile = item.kv_plane * p.tiles + C::kFirstLow;
     const int64_t sixteen = (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * 8 + threadIdx.x / 32;
     this->q_scale = __ldg(p.packed.q_scales + sixteen * 8 + threadIdx.x % 32 / 4);
     if (this->tile >= 0) this->next_k_scale = this->key_scale(p, this->tile);
@@ -99,8 +106,7 @@ struct BandCourse : Course<C> {
     bad_values = shared_flags & kValueFlag;
   }
   __device__ __forceinline__ bool bad_keys() const { return this->last_open == Course<C>::kFlagged; }
-  __device__ __forceinline__ bool in_band(int tile) const { return tile == 0 || tile >= own_first; }
-  __device__ __forceinline__ bool is_own(int tile) const { return tile >= own_first && tile <= own_last; }
+  __device__ __forceinline__ bool in_band(int tile) const { return tile < kSinkTiles || tile >= own_first; }
 };
 
 // ---- the two products of a tile of the band -------------------------------------------------------------------------
@@ -219,7 +225,7 @@ __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kSc
   }
   if (course.bad_keys()) {
     const uint32_t* const bits = p.sage2.packed.k_bits +
-                                 static_cast<int64_t>(course.first_tile) * (C::kBlockN / 32) + tile * (kBandKeys / 32);
+                                 static_cast<int64_t>(course.first_tile - C::kFirstLow) * (C::kBlockN / 32) + tile * (kBandKeys / 32);
 #pragma unroll
     for (int word = 0; word < kBandKeys / 32; word++) {
       const bool exists = tile * (kBandKeys / 32) + word < p.sage2.tiles * (C::kBlockN / 32);
@@ -259,7 +265,7 @@ __device__ __forceinline__ bool softmax_low(const Sage2Params& p, int (&s)[C::kS
                                             float (&rescale)[2]) {
   constexpr int kTiles = C::kBlockN / kBandKeys;
   const float factor = course.factor(p);
-  const int first = course.tile * kTiles;
+  const int first = (course.tile + C::kFirstLow) * kTiles;
   const bool hidden = course.in_band(first) || course.in_band(first + kTiles - 1), flagged = course.bad_keys();
   if (hidden) {
 #pragma unroll
@@ -312,7 +318,7 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
   for (uint32_t index = blockIdx.x; index < p.items;) {
     const Item item = item_at<C>(p, index);
     const Parts parts = Parts::of<C>(p, item.block);
-    const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles;
+    const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles + C::kFirstLow;
     const auto copy_band_queries = [&] {
       ptx::barrier_wait(rings.band_queries.empty(0), band_query.parity ^ 1);
       ptx::barrier_expect(rings.band_queries.full(0), C::kQueryBytes16);
@@ -550,7 +556,7 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
         float centred[2], weight[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const float rest = low.sum[half] - first[half];
+          const float rest = low.sum[half] - (C::kFirstLow == 0 ? first[half] : 0.0f);
           centred[half] = p.whole_mean ? 1.0f : low.sum[half] > 0.0f ? rest * reciprocal(low.sum[half]) : 0.0f;
           weight[half] = low.sum[half] * rescale[half] * C::kShrunk;
           const float share = lane % 4 == 0 ? weight[half] : 0.0f;
@@ -587,7 +593,8 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
         while (true) {
           slot.next();
           if (++i == course.parts.tiles) return false;
-          if (course.is_own(course.parts.tile(i))) return true;
+          const int tile = course.parts.tile(i);
+          if (course.in_band(tile) && tile <= course.own_last) return true;
           ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
           ptx::barrier_wait(rings.values.full(slot.index), slot.parity);
           done(rings.keys.empty(slot.index));
