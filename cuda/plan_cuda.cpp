@@ -48,8 +48,8 @@ void check_beyond(const Plan& plan, const AttentionShape& shape, bool band) {
   constexpr const char* kMust = "off (1) on a CUDA device (kernel flash is exact), or the device must be the CPU";
   if (plan.rotate) refuse("options.rotate", kMust, "on (2)");
   if (plan.band && !band) {
-    refuse("options.band", "off (1) on a CUDA device but for sage2 on one of compute capability 9.0, or the kernel flash",
-           "on (2)");
+    refuse("options.band",
+           "off (1) on a CUDA device but for sage2 on one of compute capability 9.0, or the kernel flash", "on (2)");
   }
   if (plan.first_token) refuse("options.first_token", kMust, "on (2)");
   if (plan.k_mean_rows < shape.k_tokens) {

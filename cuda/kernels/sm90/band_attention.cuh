@@ -14,9 +14,9 @@ namespace sage::cuda::sm90::band {
 
 using namespace sage2;
 
-constexpr int kBandKeys = 64;     // of a tile of the band
-constexpr int kSinkTiles = 2;     // of them that every row has, the first ones
-constexpr int kWidth = 128;       // bytes of a row of 64 channels: panels of Q, K and V
+constexpr int kBandKeys = 64;                                     // of a tile of the band
+constexpr int kSinkTiles = 2;                                     // of them that every row has, the first ones
+constexpr int kWidth = 128;                                       // bytes of a row of 64 channels: panels of Q, K and V
 constexpr int kScores = kBandKeys / 2, kWeights = kBandKeys / 4;  // registers
 
 struct BandParams {
@@ -40,9 +40,9 @@ struct BandConfig : Sage2Config<kHeadDim, kFast, false, kSums, true> {
 
 // ---- items --------------------------------------------------------------------------------------------------------
 
-// Key tiles of kBandKeys. For 64 rows those are in the band that hold one of the last 65 keys that any of them sees, and
-// the first ones: where diagonal and tiles meet, the tile of the rows themselves and the one before it. That is what
-// numerics.h has for 128 rows, and more.
+// Key tiles of kBandKeys. For 64 rows those are in the band that hold one of the last 65 keys that any of them sees,
+// and the first ones: where diagonal and tiles meet, the tile of the rows themselves and the one before it. That is
+// what numerics.h has for 128 rows, and more.
 struct Rows64 {
   int first, last;  // of those about the diagonal
 
@@ -225,7 +225,8 @@ __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kSc
   }
   if (course.bad_keys()) {
     const uint32_t* const bits = p.sage2.packed.k_bits +
-                                 static_cast<int64_t>(course.first_tile - C::kFirstLow) * (C::kBlockN / 32) + tile * (kBandKeys / 32);
+                                 static_cast<int64_t>(course.first_tile - C::kFirstLow) * (C::kBlockN / 32) +
+                                 tile * (kBandKeys / 32);
 #pragma unroll
     for (int word = 0; word < kBandKeys / 32; word++) {
       const bool exists = tile * (kBandKeys / 32) + word < p.sage2.tiles * (C::kBlockN / 32);

@@ -1,11 +1,10 @@
 // Makes tensor maps by the driver's function, found at run time: the library does not link the driver.
-#include "tensor_map.h"
-
 #include <cudaTypedefs.h>
 
 #include <string>
 
 #include "../kernels.h"
+#include "tensor_map.h"
 
 namespace sage::cuda::sm90 {
 
