@@ -115,13 +115,13 @@ class QueryTile {
   void score(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]);
   void score_bad_keys(int64_t tile, int row, int rows, float (*scores)[kKeyTile]);
   void change_scores(int64_t tile, int row, int rows, float (*scores)[kKeyTile]);
-  void mask_scores(int64_t tile, int row, int rows, uint8_t cover, float (*scores)[kKeyTile]);
   template <int kRows>
   void soften(int64_t tile, int row, float (*scores)[kKeyTile], float* decay);
   template <int kRows, int kVectors>
   void accumulate(const ValueOperand* probabilities, const ValueOperand* values, int depth, const float* decay,
                   float* out);
   void load_exact_query(int row, float* to) const;
+  bool sees_any(int row) const;
   void finish(int row);
 
   // The keys [first, last) of a tile that a row reaches.
@@ -152,7 +152,6 @@ class QueryTile {
   int32_t row_offset_[kQueryTile];  // takes off what kCodeOffset adds to a row's products
   float shift_[kQueryTile];         // soft caps: what scores lack, as keys were smoothed
   Reach reach_[kQueryTile];
-  bool sees_[kQueryTile];  // whether any of them is open
   alignas(64) float k_mean_[kRowFloats], v_scales_[kRowFloats], v_mean_[kRowFloats];
 };
 
@@ -191,7 +190,6 @@ QueryTile<Recipe>::QueryTile(const Attention& a, int64_t task, int worker)
   for (int row = 0; row < rows_; ++row) {
     top_[row] = -kInfinity;
     reach_[row] = reach_of(a, begin_ + row);
-    sees_[row] = !a.masking.mask && reach_[row].first < reach_[row].last;
   }
   if (a.masking.alibi) slope_ = *at<float>(a.masking.alibi, b_, h_, 0);
   log2_range_ = Recipe::kProbabilities == Rounding::kE4M3 ? log2f(a.p_range) : 0.0f;
@@ -303,7 +301,11 @@ void QueryTile<Recipe>::attend(int64_t tile, int row) {
   if (bad) score_bad_keys(tile, row, kRows, scores);
   const Masking& masking = a_.masking;
   if (masking.softcap != 0.0f || masking.alibi) change_scores(tile, row, kRows, scores);
-  if (masking.mask) mask_scores(tile, row, kRows, cover, scores);
+  if (!(cover & kOpen)) {
+    for (int r = 0; r < kRows; ++r) {
+      add_mask(masking.mask, b_, h_, begin_ + row + r, tile * kKeyTile, scores[r]);
+    }
+  }
   soften<kRows>(tile, row, scores, decay);
 
   const auto* probabilities = reinterpret_cast<const ValueOperand*>(scores);
@@ -383,19 +385,6 @@ void QueryTile<Recipe>::change_scores(int64_t tile, int row, int rows, float (*s
     if (masking.softcap != 0.0f) cap_scores(masking.softcap, shift_[row + r], scores[r]);
     const int64_t position = begin_ + row + r + masking.offset - tile * kKeyTile;
     if (masking.alibi) add_distances(slope_, float(position), scores[r]);
-  }
-}
-
-template <class Recipe>
-void QueryTile<Recipe>::mask_scores(int64_t tile, int row, int rows, uint8_t cover, float (*scores)[kKeyTile]) {
-  const Covers covers = covers_of(a_, b_, h_, begin_ + row, tile);
-  for (int r = 0; r < rows; ++r) {
-    const int from = first(row + r, tile), to = last(row + r, tile);
-    if ((cover | covers.first[r * covers.stride]) & kOpen) {
-      sees_[row + r] |= from < to;
-    } else {
-      sees_[row + r] |= add_mask(a_.masking.mask, b_, h_, begin_ + row + r, tile * kKeyTile, from, to, scores[r]);
-    }
   }
 }
 
@@ -482,6 +471,21 @@ void QueryTile<Recipe>::load_exact_query(int row, float* to) const {
   for (int c = 0; c < channels_; ++c) to[c] = to[c] * scale + mean[c];
 }
 
+// Whether any key that the row reaches is open.
+template <class Recipe>
+bool QueryTile<Recipe>::sees_any(int row) const {
+  const View& mask = a_.masking.mask;
+  const Reach& reach = reach_[row];
+  if (!mask) return reach.first < reach.last;
+  for (int64_t tile = reach.first / kKeyTile; tile * kKeyTile < reach.last; ++tile) {
+    if (*covers_of(a_, b_, h_, begin_ + row, tile).first & kClosed) continue;
+    for (int key = first(row, tile); key < last(row, tile); ++key) {
+      if (!closes(mask, b_, h_, begin_ + row, tile * kKeyTile + key)) return true;
+    }
+  }
+  return false;
+}
+
 // Output and lse of one row.
 template <class Recipe>
 void QueryTile<Recipe>::finish(int row) {
@@ -490,7 +494,7 @@ void QueryTile<Recipe>::finish(int row) {
   const float sink = sinks ? *at<float>(sinks, 0, h_, 0) : -kInfinity;
   alignas(64) float values[kRowFloats];
   float lse = sink;
-  if (!sees_[row]) {
+  if (!sees_any(row)) {
     memset(values, 0, sizeof(float) * v_channels_);
   } else {
     const bool lacks = a_.k_mean && a_.masking.softcap == 0.0f && (a_.lse || sinks);

@@ -166,9 +166,7 @@ SAGE_INLINE void add_distances(float slope, float position, float* scores) {
   }
 }
 
-// Says whether it leaves any of the tile's keys [from, to) open.
-inline bool add_mask(const View& mask, int64_t b, int64_t h, int64_t row, int64_t first_key, int from, int to,
-                     float* scores) {
+inline void add_mask(const View& mask, int64_t b, int64_t h, int64_t row, int64_t first_key, float* scores) {
   const int keys = int(smaller(kKeyTile, mask.channels() - first_key));
   View tile = mask;
   tile.data = static_cast<char*>(mask.data) + first_key * mask.stride[3] * bits_per_element(mask.dtype) / 8;
@@ -183,17 +181,11 @@ inline bool add_mask(const View& mask, int64_t b, int64_t h, int64_t row, int64_
   } else {
     load_row(tile, b, h, row, 0, keys, added);
   }
-  Ints seen = {};
   for (int i = 0; i < kKeyTile; i += kLanes) {
     const Floats x = load<Floats>(added + i);
-    const Ints open = x != -kInfinity, lanes = lane_numbers() + i;
     const Floats in_base_2 = max(broadcast(-kLargest), x * kLog2e);  // what is finite stays so; NaN stays NaN
-    store(scores + i, open ? load<Floats>(scores + i) + in_base_2 : broadcast(-kInfinity));
-    seen |= open & (lanes >= from) & (lanes < to);
+    store(scores + i, x != -kInfinity ? load<Floats>(scores + i) + in_base_2 : broadcast(-kInfinity));
   }
-  int any = 0;
-  for (int i = 0; i < kLanes; ++i) any |= seen[i];
-  return any != 0;
 }
 
 }  // namespace sage::cpu::SAGE_ISA
