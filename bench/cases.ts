@@ -28,6 +28,7 @@ export const variants: readonly Variant[] = [
   { kernel: "sage2", exponential: "fast" },
   { kernel: "sage2-int4" },
   { kernel: "sage2++" },
+  { kernel: "sage-int8" },
 ];
 
 /** What a record calls it. */
