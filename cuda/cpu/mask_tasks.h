@@ -65,11 +65,12 @@ template <class Mask>
 Cover cover_with(const View& mask, int64_t b, int64_t h, int64_t row, int rows, int64_t from, int64_t to) {
   typedef typename Mask::Bits Bits;
   typedef Bits Vector __attribute__((vector_size(4 * kLanes)));
-  constexpr int kStep = 4 * kLanes / sizeof(Bits);
+  constexpr int kStep = 4 * kLanes / sizeof(Bits), kLine = 64 / sizeof(Bits);
   if (to - from == kKeyTile && mask.stride[3] == 1) {
     auto open = Mask::open(Vector{}) | ~Mask::open(Vector{}), closed = open;
     for (int r = 0; r < rows; ++r) {
       const Bits* at_row = at<Bits>(mask, b, h, row + r, from);
+      for (int i = 0; i < kKeyTile; i += kLine) __builtin_prefetch(at_row + kKeyTile + i);  // of the next tile
       for (int i = 0; i < kKeyTile; i += kStep) {
         const Vector x = load<Vector>(at_row + i);
         open &= Mask::open(x);
