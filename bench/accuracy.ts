@@ -141,6 +141,14 @@ async function measureAll(device: Device, sources: readonly Source[]): Promise<F
   return figures;
 }
 
+async function readInputs(folder: string): Promise<Source[]> {
+  const inputs = await realInputs(folder).catch((error) => {
+    throw new BuildError(`Cannot read the tensors in ${folder}: ${error.message}`);
+  });
+  if (inputs.length) return inputs;
+  throw new BuildError(`Cannot measure as ${folder} must hold files of safetensors: it has none`);
+}
+
 if (import.meta.main) {
   await runTask(async () => {
     const options = parseArgs(Deno.args, {
@@ -151,10 +159,9 @@ if (import.meta.main) {
       },
     });
     if (options.help) return console.log(help);
+    const real = await readInputs(options.data ?? join(root, "tests/data"));
     await build({ bundle: "if-possible" });
     using device = Device.open(options.device ?? "cpu");
-    const real = await realInputs(options.data ?? join(root, "tests/data"));
-    if (real.length === 0) throw new BuildError(`No safetensors files are in ${options.data}`);
     const figures = await measureAll(device, [...real, ...syntheticInputs]);
     console.log(`\n${summary(figures)}`);
     if (options.data !== undefined || device.kind !== "cpu") return;
