@@ -300,12 +300,11 @@ for (const kernel of ["sage1", "sage1-int8", "sage2", "sage2-int4", "sage-int8"]
     const kinds = (values: ArrayLike<number>) =>
       Array.from(values, (x) => Number.isFinite(x) ? "finite" : String(x));
     for (
-      const options of [{ ...all, kernel }, {
-        kernel,
-        rotate: true,
-        firstToken: true,
-        causal: false,
-      }]
+      const options of [
+        { ...all, kernel },
+        { kernel, rotate: true, firstToken: true, causal: false },
+        { kernel, rotate: true, kMeanRows: 64, causal: false },
+      ]
     ) {
       for (const operand of ["q", "k", "v"] as const) {
         for (const bad of [NaN, Infinity, -Infinity]) {
