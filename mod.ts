@@ -31,6 +31,12 @@ export {
   type TensorSpec,
 } from "./lib/attention.ts";
 export {
+  calibrate,
+  type CalibrateOptions,
+  type CalibrationProgress,
+  type CalibrationSample,
+} from "./lib/calibrate.ts";
+export {
   Device,
   type DeviceInfo,
   type DeviceKind,
@@ -66,6 +72,27 @@ export type {
   Kernel,
   LseOption,
 } from "./lib/options.ts";
+export {
+  type LayerShape,
+  type ModelSignature,
+  type PrecisionCandidate,
+  type PrecisionEntry,
+  PrecisionPlan,
+  type PrecisionPlanDocument,
+  type PrecisionRung,
+  type PrecisionSummary,
+  type PrecisionTotals,
+} from "./lib/precision_plan.ts";
+export {
+  type CostBudget,
+  type PrecisionMetric,
+  type PrecisionPolicy,
+  type PrecisionScores,
+  sageAttention2Policy,
+  sageAttentionPolicy,
+  type ShareBudget,
+} from "./lib/precision_policy.ts";
+export type { PlanOptions, Recipe } from "./lib/recipe.ts";
 export {
   attentionQuantized,
   dequantize,

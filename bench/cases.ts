@@ -26,19 +26,28 @@ export const variants: readonly Variant[] = [
   { kernel: "sage1-int8" },
   { kernel: "sage2", exponential: "exact" },
   { kernel: "sage2", exponential: "fast" },
+  { kernel: "sage2", exponential: "fast", smoothQ: true },
+  { kernel: "sage2", exponential: "fast", band: true },
   { kernel: "sage2-int4" },
   { kernel: "sage2++" },
   { kernel: "sage-int8" },
 ];
 
+/** Those that a mask leaves: the precision band lies along a causal one. */
+export function variantsOf({ causal }: Pick<Shape, "causal">): Variant[] {
+  return variants.filter(({ band }) => causal || !band);
+}
+
 /** What a record calls it. */
 export function labels(
-  { kernel, pvAccumulator, exponential }: Variant,
-): Pick<Row, "accumulator" | "exp"> & { kernel: Exclude<Kernel, "auto"> } {
+  { kernel, pvAccumulator, exponential, smoothQ, band }: Variant,
+): Pick<Row, "accumulator" | "exp" | "smoothQ" | "band"> & { kernel: Exclude<Kernel, "auto"> } {
   return {
     kernel: kernel as Exclude<Kernel, "auto">,
     ...pvAccumulator ? { accumulator: pvAccumulator } : {},
     ...exponential ? { exp: exponential } : {},
+    ...smoothQ ? { smoothQ } : {},
+    ...band ? { band } : {},
   };
 }
 
@@ -87,7 +96,7 @@ function gpuRecord(): Case[] {
     // grouped queries
     ...product(masks, [4096, 16384]).map(([causal, tokens]) => gpuShape(128, causal, tokens, 8)),
     // against batch and heads
-    ...[1, 2, 8, 16].map((batch) => square(128, false, 2048, batch, 32)),
+    ...[1, 2, 4, 8].map((batch) => square(128, false, 2048, batch, 32)),
     ...[4, 8, 16, 64].map((heads) => square(128, false, 4096, 1, heads)),
     // one new token
     decodeShape(1, 1024),

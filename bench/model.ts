@@ -2,31 +2,36 @@
 // bytes for what must be stored. The constants of a kernel are fitted to some rows of a record and hold for the others.
 import type { Results, Row, Shape } from "./format.ts";
 
-/** Queries of a block. */
+/** Queries of a block, as work is counted. */
 export const blockRows = 128;
 const tileKeys = 64;
 
-/** Attention as multiprocessors meet it: tiles of 128 queries by 64 keys, in blocks of 128 queries. */
+/** Attention as multiprocessors meet it, counted in tiles of 128 queries by 64 keys and in blocks of 128 queries. */
 export interface Work {
   /** On one multiprocessor. */
   tiles: number;
   /** On one multiprocessor. */
   blocks: number;
+  /** Those of them whose last tiles are masked. */
+  masked: number;
 }
 
-/** The work of a shape, spread over multiprocessors. */
-export function workOf(shape: Shape, multiprocessors: number): Work {
+/**
+ * The work of a shape, spread over multiprocessors, for a kernel that takes so many queries at a time. Where blocks
+ * are alike they are done in rounds, the last of which keeps all waiting; causal ones are taken longest first.
+ */
+export function workOf(shape: Shape, multiprocessors: number, queriesAtOnce = blockRows): Work {
   const { batch, heads, tokens, queries = tokens, causal } = shape;
-  const rows = Math.ceil(queries / blockRows), most = Math.ceil(tokens / tileKeys);
+  const rows = Math.ceil(queries / queriesAtOnce), most = Math.ceil(tokens / tileKeys);
   let tiles = 0;
   for (let row = 0; row < rows; ++row) {
-    const keys = causal ? Math.max(0, (row + 1) * blockRows + tokens - queries) : tokens;
+    const keys = causal ? Math.max(0, (row + 1) * queriesAtOnce + tokens - queries) : tokens;
     tiles += Math.min(most, Math.ceil(keys / tileKeys));
   }
-  return {
-    tiles: batch * heads * tiles / multiprocessors,
-    blocks: batch * heads * rows / multiprocessors,
-  };
+  const share = batch * heads * rows / multiprocessors;
+  const done = causal ? share : Math.ceil(share);
+  const blocks = done * queriesAtOnce / blockRows;
+  return { tiles: blocks * tiles / rows, blocks, masked: causal ? blocks : 0 };
 }
 
 /** A model of one kernel at one head dimension. */
@@ -35,17 +40,22 @@ export interface TimeModel {
   cyclesPerTile: number;
   /** Cycles of a multiprocessor for what a block of 128 queries costs besides: quantizing, loading, storing. */
   cyclesPerBlock: number;
+  /** Cycles of a multiprocessor for the mask of a block. */
+  cyclesPerMask: number;
   /** Microseconds of a call without work. */
   launchUs: number;
+  /** Queries that the kernel takes at a time. */
+  queriesAtOnce: number;
   multiprocessors: number;
   clockMHz: number;
 }
 
 /** Milliseconds of a call. */
 export function predictMs(model: TimeModel, shape: Shape): number {
-  const { cyclesPerTile, cyclesPerBlock, launchUs, multiprocessors, clockMHz } = model;
-  const { tiles, blocks } = workOf(shape, multiprocessors);
-  return (tiles * cyclesPerTile + blocks * cyclesPerBlock) / clockMHz / 1e3 + launchUs / 1e3;
+  const { cyclesPerTile, cyclesPerBlock, cyclesPerMask, launchUs, clockMHz } = model;
+  const { tiles, blocks, masked } = workOf(shape, model.multiprocessors, model.queriesAtOnce);
+  const cycles = tiles * cyclesPerTile + blocks * cyclesPerBlock + masked * cyclesPerMask;
+  return cycles / clockMHz / 1e3 + launchUs / 1e3;
 }
 
 /** Whether the model speaks about a row: every multiprocessor has several blocks, so that none waits for others. */
@@ -115,22 +125,35 @@ export function isFitted({ tokens }: Row): boolean {
   return Math.round(Math.log2(tokens)) % 2 === 0;
 }
 
+/** The same; of rows with a smaller batch than others of their length, the lengths between. */
+function fittedOf(rows: readonly Row[]): Row[] {
+  return rows.filter((row) => {
+    const most = Math.max(
+      ...rows.filter(({ tokens }) => tokens === row.tokens).map(({ batch }) => batch),
+    );
+    return isFitted(row) === (row.batch === most);
+  });
+}
+
 /** The model of rows that differ in mask and sizes only; undefined where there are too few. */
 export function fitTime(
   rows: readonly Row[],
   { multiprocessors, clocks }: Results,
 ): TimeModel | undefined {
   const sms = multiprocessors ?? 132, clockMHz = clocks?.sm.median;
-  const used = rows.filter((row) => isFitted(row) && inDomain(shapeOf(row), sms));
-  if (used.length < 4 || clockMHz === undefined) return;
-  const [perTile, perBlock, launch] = fit(used.map((row) => {
-    const { tiles, blocks } = workOf(shapeOf(row), sms);
-    return [tiles / row.ms, blocks / row.ms, 1 / row.ms];
+  const used = fittedOf(rows).filter((row) => inDomain(shapeOf(row), sms));
+  if (used.length < 5 || clockMHz === undefined) return;
+  const queriesAtOnce = used[0].queriesAtOnce ?? blockRows;
+  const [perTile, perBlock, perMask, launch] = fit(used.map((row) => {
+    const { tiles, blocks, masked } = workOf(shapeOf(row), sms, queriesAtOnce);
+    return [tiles, blocks, masked, 1].map((value) => value / row.ms);
   }));
   return {
     cyclesPerTile: perTile * clockMHz * 1e3,
     cyclesPerBlock: perBlock * clockMHz * 1e3,
+    cyclesPerMask: perMask * clockMHz * 1e3,
     launchUs: launch * 1e3,
+    queriesAtOnce,
     multiprocessors: sms,
     clockMHz,
   };

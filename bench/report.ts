@@ -23,6 +23,7 @@ import {
   decodeTable,
   distinct,
   lengthTable,
+  maskTable,
   otherShapes,
   preparationTable,
   provenance,
@@ -92,6 +93,7 @@ function recordSection({ name, results }: Named): string {
     section("Decoding", decodeTable(results)),
     section("Accuracy against speed", drawn(all, "accuracy"), accuracyTable(results)),
     section("Where the time goes", drawn(all, "stages")),
+    section("Masks", maskTable(results)),
     section("Quantizing and smoothing", preparationTable(results)),
   ].filter(Boolean).join("\n\n");
 }

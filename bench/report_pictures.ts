@@ -1,7 +1,7 @@
 // Pictures of a record: what is drawn (Vega-Lite, as data), and drawing it as SVG that is readable on light and on dark.
 import { nameOf, type Results, type Row } from "./format.ts";
 import { ceiling, gpuOf, type Precision } from "./gpus.ts";
-import { fitTime, inDomain, predictMs, shapeOf } from "./model.ts";
+import { deviation, modelled } from "./report_scaling.ts";
 import { distinct, kilo, squareRows, title } from "./report_tables.ts";
 
 /** A picture before it is drawn. */
@@ -504,24 +504,18 @@ function stagesPicture(results: Results, file: string): Picture | undefined {
 // ---- the model against the measurement -----------------------------------------------------------
 
 function modelPicture(results: Results, file: string): Picture | undefined {
-  const rows = squareRows(results).filter(({ endToEnd, peer, kernel }) =>
-    endToEnd && !peer && kernel !== "sage1-int8"
-  ).filter(({ accumulator }) => accumulator !== "f16");
-  const values: Record<string, unknown>[] = [];
-  for (const key of distinct(rows.map((row) => `${nameOf(row)} ${row.headDim}`))) {
-    const own = rows.filter((row) => `${nameOf(row)} ${row.headDim}` === key);
-    const model = fitTime(own, results);
-    if (!model) continue;
-    for (const row of own.filter((row) => inDomain(shapeOf(row), model.multiprocessors))) {
-      values.push({
-        panel: `D ${row.headDim}`,
-        tokens: row.tokens,
-        error: predictMs(model, shapeOf(row)) / row.ms - 1,
-        series: plain(row),
-        mask: maskName(row.causal),
-      });
-    }
-  }
+  const shown = modelled(results).flatMap(({ rows, model }) =>
+    rows.filter(({ kernel, accumulator }) => kernel !== "sage1-int8" && accumulator !== "f16")
+      .map((row) => ({ row, model }))
+  );
+  const rows = shown.map(({ row }) => row);
+  const values = shown.map(({ row, model }) => ({
+    panel: `D ${row.headDim}`,
+    tokens: row.tokens,
+    error: deviation(model, row),
+    series: plain(row),
+    mask: maskName(row.causal),
+  }));
   if (!values.length) return;
   const headDims = distinct(rows.map(({ headDim }) => headDim)).sort((a, b) => a - b);
   const x = lengthAxis(rows.map(({ tokens }) => tokens));

@@ -30,14 +30,23 @@ export interface Modelled {
   model: TimeModel;
 }
 
+/** Rows of ours from tensors to the output, with a key-value head for every head. */
+function ownRows({ rows }: Results): Row[] {
+  return rows.filter(({ group, peer, endToEnd, heads, kvHeads }) =>
+    group === "attention" && !peer && endToEnd && heads === kvHeads
+  );
+}
+
 /** Every kernel of ours that the record lets us model. */
 export function modelled(results: Results): Modelled[] {
-  const rows = squareRows(results).filter(({ peer }) => !peer);
+  const square = new Set(squareRows(results)), rows = ownRows(results);
   const key = (row: Row) => `${seriesOf(row)} ${row.headDim}`;
   return distinct(rows.map(key)).flatMap((one) => {
     const own = rows.filter((row) => key(row) === one), model = fitTime(own, results);
     if (!model) return [];
-    const within = own.filter((row) => inDomain(shapeOf(row), model.multiprocessors));
+    const within = own.filter((row) =>
+      square.has(row) && inDomain(shapeOf(row), model.multiprocessors)
+    );
     return [{ name: title(own[0]), headDim: own[0].headDim, rows: within, model }];
   });
 }
@@ -55,12 +64,14 @@ function worst(model: TimeModel, rows: readonly Row[]): string {
 /** The constants of the model, and how far it is from the rows that were fitted and from the others. */
 export function modelTable(results: Results): string {
   const body = modelled(results).map(({ name, headDim, rows, model }) => {
-    const { cyclesPerTile, cyclesPerBlock, launchUs, multiprocessors, clockMHz } = model;
+    const { cyclesPerTile, cyclesPerBlock, cyclesPerMask, launchUs, multiprocessors, clockMHz } =
+      model;
     const limit = 4 * 128 * 64 * headDim / cyclesPerTile * multiprocessors * clockMHz / 1e6;
     return [
       `${name}, D ${headDim}`,
       cyclesPerTile.toFixed(0),
       cyclesPerBlock.toFixed(0),
+      cyclesPerMask.toFixed(0),
       launchUs.toFixed(0),
       limit.toFixed(0),
       worst(model, rows.filter(isFitted)),
@@ -71,6 +82,7 @@ export function modelTable(results: Results): string {
     "kernel",
     "cycles a tile",
     "cycles a block",
+    "cycles its mask",
     "µs a call",
     "TFLOP/s at endless length",
     "off, fitted",
@@ -80,7 +92,7 @@ export function modelTable(results: Results): string {
 
 /** Measured times of calls at D 128 against length, and what the model says. */
 export function lengthsTable(results: Results): string {
-  const all = modelled(results).filter(({ headDim, rows }) => headDim === 128 && rows[0]?.endToEnd);
+  const all = modelled(results).filter(({ headDim }) => headDim === 128);
   const lengths = distinct(all.flatMap(({ rows }) => rows.map(({ tokens }) => tokens)));
   const body = all.flatMap(({ name, rows, model }) =>
     [false, true].map((causal) => [
@@ -125,11 +137,7 @@ export function bytesTable(results: Results): string {
 /** Rows of other batches and heads than those that the models are fitted to, with the model of each. */
 export function otherSizes(results: Results): { row: Row; model: TimeModel; within: boolean }[] {
   const square = new Set(squareRows(results)), models = modelled(results);
-  return results.rows.flatMap((row) => {
-    const { group, peer, endToEnd, heads, kvHeads } = row;
-    if (group !== "attention" || square.has(row) || peer || !endToEnd || heads !== kvHeads) {
-      return [];
-    }
+  return ownRows(results).filter((row) => !square.has(row)).flatMap((row) => {
     const found = models.find((one) => one.name === title(row) && one.headDim === row.headDim);
     if (!found) return [];
     const within = inDomain(shapeOf(row), found.model.multiprocessors);
@@ -201,17 +209,17 @@ function seconds(ms: number): string {
 export function millionTable(results: Results): string {
   const memory = (kernel: string) =>
     fitMemory(results.rows.filter((row) => title(row) === kernel && row.group === "attention"));
-  const body = modelled(results).filter(({ headDim, rows }) =>
-    headDim === million.headDim && rows[0].endToEnd
-  ).map(({ name, model }) => {
-    const workspace = memory(name);
-    return [
-      name,
-      seconds(predictMs(model, { ...million, causal: false })),
-      seconds(predictMs(model, million)),
-      workspace ? bytes(predictBytes(workspace, million)) : "–",
-    ];
-  });
+  const body = modelled(results).filter(({ headDim }) => headDim === million.headDim).map(
+    ({ name, model }) => {
+      const workspace = memory(name);
+      return [
+        name,
+        seconds(predictMs(model, { ...million, causal: false })),
+        seconds(predictMs(model, million)),
+        workspace ? bytes(predictBytes(workspace, million)) : "–",
+      ];
+    },
+  );
   return table(["1M tokens, 32 heads on 8, D 128", "full", "causal", "workspace"], body);
 }
 

@@ -1,6 +1,6 @@
 // Rows of a record: every kernel on a case, measured in turn.
-import type { Device } from "../mod.ts";
-import { type Case, labels, planOf, Problem, type Variant, variants } from "./cases.ts";
+import type { AttentionPlan, Device } from "../mod.ts";
+import { type Case, labels, planOf, Problem, type Variant, variantsOf } from "./cases.ts";
 import { nameOf, type Row } from "./format.ts";
 import { type Measurement, measureTogether, type RandomTensors, Timed } from "./measure.ts";
 import { attentionRow, type Skips } from "./peers.ts";
@@ -9,11 +9,10 @@ import { preparationRow, preparations, preparedShape } from "./preparation.ts";
 function rowsOf(
   one: Case,
   variant: Variant,
-  implementation: string,
-  workspaceBytes: number,
+  { implementation, blockQ: queriesAtOnce, workspaceBytes }: AttentionPlan,
   { ms, noise, stages }: Measurement,
 ): Row[] {
-  const common = { ...labels(variant), peer: false, implementation };
+  const common = { ...labels(variant), peer: false, implementation, queriesAtOnce };
   const medians = Object.entries(stages ?? {}).map(([name, { ms }]) => [name, ms]);
   const whole = attentionRow(one, {
     ...common,
@@ -35,15 +34,13 @@ export async function attentionRows(
   skips: Skips,
 ): Promise<Row[]> {
   using problem = new Problem(random, one);
-  const able = variants.flatMap((variant) => {
+  const able = variantsOf(one.shape).flatMap((variant) => {
     const name = nameOf(labels(variant));
     const plan = planOf(random.device, one, variant, (reason) => skips.skip(`${name}: ${reason}`));
     return plan ? [{ variant, plan, timed: problem.timed(variant), stages: true }] : [];
   });
   const measured = await measureTogether(able, budgetMs);
-  return able.flatMap(({ variant, plan }, i) =>
-    rowsOf(one, variant, plan.implementation, plan.workspaceBytes, measured[i])
-  );
+  return able.flatMap(({ variant, plan }, i) => rowsOf(one, variant, plan, measured[i]));
 }
 
 /** Every way to quantize and to smooth. */

@@ -112,6 +112,7 @@ struct Plan {
   float p_range, v_range;  // largest code of P and V; 448 unless sage2++
   int block_q, block_k;
   int padded_head_dim;
+  int key_splits;  // CUDA flash for few queries: parts of the keys that are added up at the end; else 0
   size_t workspace_bytes;
   std::string implementation, reason;
 };

@@ -2,6 +2,7 @@
 // workspace.
 #include <algorithm>
 
+#include "kernels/decode.h"
 #include "kernels/sm90/flash.h"
 #include "kernels/tuning.h"
 #include "kernels/workspace.h"
@@ -107,6 +108,17 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
   plan.block_k = tuning.block_k;
 }
 
+// flash for few queries, whose time is that of reading K and V.
+bool choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  if (plan.kernel != Kernel::kFlash || !cuda::decodes(shape)) return false;
+  plan.implementation = "sm_80 mma, keys split";
+  plan.block_q = cuda::kDecodeRows;
+  plan.block_k = cuda::kDecodeKeys;
+  plan.key_splits = cuda::decode_splits(shape, device.multiprocessors);
+  plan.workspace_bytes = cuda::decode_workspace_bytes(shape, plan.key_splits);
+  return true;
+}
+
 void choose_hopper_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   if (plan.kernel == Kernel::kSage2 || !is_hopper(device) || !suits_hopper(shape, plan)) return;
   const cuda::sm90::F16Tiles tiles =
@@ -156,6 +168,7 @@ void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& pl
   check_beyond(plan, shape);
   refuse_masking(shape);
   set_cuda_tiles(shape, device, plan);
+  if (choose_decode_kernel(shape, device, plan)) return;
   choose_hopper_kernel(shape, device, plan);
   if (plan.kernel == Kernel::kFlash) {
     if (shape.dtype == DType::kF32) refuse("q.dtype", "f16 or bf16 for flash on a CUDA device", "f32");

@@ -26,6 +26,8 @@ import {
   optionNames,
   writeOptions,
 } from "./options.ts";
+import { checkLayer, followPlan } from "./precision_plan.ts";
+import { planNames } from "./recipe.ts";
 import type { Stream } from "./stream.ts";
 import {
   denseGeometry,
@@ -152,6 +154,7 @@ export function showResults(results: Results): Tensor<FloatDType> | AttentionWit
 
 // ---- attention ----------------------------------------------------------------------------------------
 
+const attentionNames = [...optionNames.attention, ...planNames];
 const call = new Struct(attentionStruct.size);
 
 /** A sage_attention_call without results. */
@@ -310,7 +313,12 @@ export function attention(
   v: Tensor,
   options: AttentionOptions & LseOption = {},
 ): Tensor<FloatDType> | AttentionWithLse {
-  return runAttention(optionNames.attention, q, k, v, options, {
+  const { options: followed, layer } = followPlan(action, options);
+  if (layer) {
+    const [qInside, vInside] = [interiorOf(action, "q", q), interiorOf(action, "v", v)];
+    checkLayer(action, layer, qInside.geometry.shape, vInside.geometry.shape);
+  }
+  return runAttention(attentionNames, q, k, v, followed, {
     enqueue: (native, call) => native.sage_attention(call, errorBytes, errorSize),
   });
 }
@@ -461,13 +469,15 @@ export function explain(
   options: ExplainOptions = {},
 ): AttentionPlan {
   const action = "explain attention";
-  checkOptions(action, options, [...optionNames.attention, "device"]);
-  const { device = q instanceof Tensor ? q.device : undefined, ...rest } = options;
-  checkAttentionOptions(action, rest, optionNames.attention);
+  checkOptions(action, options, [...attentionNames, "device"]);
+  const { device = q instanceof Tensor ? q.device : undefined, ...given } = options;
+  const { options: rest, layer, reason } = followPlan(action, given);
+  checkAttentionOptions(action, rest, attentionNames);
   const stream = streamOf(action, "device", device as Device);
   const [qSpec, kSpec, vSpec] = [["q", q], ["k", k], ["v", v]].map(([name, tensor]) =>
     specify(action, name as string, tensor as Tensor | TensorSpec, stream)
   );
+  if (layer) checkLayer(action, layer, qSpec.geometry.shape, vSpec.geometry.shape);
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   checkShapes(action, qSpec.geometry.shape, kSpec.geometry.shape, vSpec.geometry.shape);
   checkMaskTensors(action, stream, qSpec.geometry.shape, kSpec.geometry.shape, rest);
@@ -480,7 +490,7 @@ export function explain(
   call.setStruct(attentionStruct.o, specify(action, "out", out, stream).bytes);
   plan.reset();
   unwrap(stream.native.sage_explain(call.bytes, plan.bytes, errorBytes, errorSize));
-  return readPlan();
+  return { ...readPlan(), ...reason !== undefined && { reason } };
 }
 
 function specify(

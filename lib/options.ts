@@ -27,6 +27,7 @@ import {
   type MaskTensors,
   writeMaskOptions,
 } from "./masks.ts";
+import type { PlanOptions } from "./recipe.ts";
 import type { Tensor } from "./tensor.ts";
 
 /**
@@ -110,7 +111,7 @@ export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
 
 /** Options of {@linkcode attention}. */
 export interface AttentionOptions<O extends FloatDType = FloatDType>
-  extends Omit<AttentionQuantizedOptions<O>, "kernel">, MaskTensors {
+  extends Omit<AttentionQuantizedOptions<O>, "kernel">, MaskTensors, PlanOptions {
   /** How to compute. Default: `"auto"`. */
   kernel?: Kernel;
   /** Which rows of Q and K share a scale. Default: `"block"` for `sage1` and `sage1-int8`, else `"thread"`. */

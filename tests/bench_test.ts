@@ -151,12 +151,20 @@ Deno.test("the shown record is modelled", () => {
 const square = { headDim: 128, causal: false, batch: 1, heads: 132, kvHeads: 132, tokens: 1024 };
 
 Deno.test("workOf() counts tiles and blocks", () => {
-  assertEquals(workOf(square, 132), { tiles: 8 * 16, blocks: 8 });
+  assertEquals(workOf(square, 132), { tiles: 8 * 16, blocks: 8, masked: 0 });
   assertEquals(workOf({ ...square, causal: true }, 132), {
     tiles: 2 + 4 + 6 + 8 + 10 + 12 + 14 + 16,
     blocks: 8,
+    masked: 8,
   });
-  assertEquals(workOf({ ...square, queries: 1, causal: true }, 132), { tiles: 16, blocks: 1 });
+  assertEquals(workOf({ ...square, queries: 1, causal: true }, 132), {
+    tiles: 16,
+    blocks: 1,
+    masked: 1,
+  });
+  const oneMore = { ...square, heads: 133 }; // a second round for the blocks of one head
+  assertEquals(workOf(oneMore, 132), { tiles: 9 * 16, blocks: 9, masked: 0 });
+  assertEquals(workOf(square, 132, 256), { tiles: 8 * 16, blocks: 8, masked: 0 });
   assert(inDomain(square, 132));
   assert(!inDomain({ ...square, heads: 33 }, 132));
   assert(!inDomain({ ...square, queries: 1 }, 132));
@@ -175,19 +183,22 @@ Deno.test("fitTime() finds the constants of rows that obey the model", () => {
   const model = {
     cyclesPerTile: 2000,
     cyclesPerBlock: 10_000,
+    cyclesPerMask: 3000,
     launchUs: 5,
+    queriesAtOnce: 192,
     multiprocessors: 132,
     clockMHz: 1000,
   };
   const rows = [1024, 2048, 4096, 8192, 16384].flatMap((tokens) =>
     [false, true].map((causal) => {
       const shape = { ...square, tokens, causal };
-      return { ...shape, ms: predictMs(model, shape), tokens } as Row;
+      return { ...shape, ms: predictMs(model, shape), queriesAtOnce: 192 } as Row;
     })
   );
   const found = fitTime(rows, results)!;
   assertAlmostEquals(found.cyclesPerTile, 2000, 1e-3);
   assertAlmostEquals(found.cyclesPerBlock, 10_000, 1);
+  assertAlmostEquals(found.cyclesPerMask, 3000, 1);
   assertAlmostEquals(found.launchUs, 5, 1e-2);
   assertEquals(fitTime(rows.slice(0, 2), results), undefined);
 });

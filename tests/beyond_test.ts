@@ -303,7 +303,7 @@ for (const kernel of ["sage1", "sage1-int8", "sage2", "sage2-int4", "sage-int8"]
       const options of [
         { ...all, kernel },
         { kernel, rotate: true, firstToken: true, causal: false },
-        { kernel, rotate: true, kMeanRows: 64, causal: false },
+        { kernel, rotate: true, causal: false },
       ]
     ) {
       for (const operand of ["q", "k", "v"] as const) {

@@ -2,7 +2,7 @@
 //   deno run --allow-write=cuda/kernels/ptx tools/generate_wgmma.ts
 const scoreWidths = [64, 128, 192, 256];
 const valueWidths = [8, 72, 136, 256];
-const halfScoreWidths = [80, 128];
+const halfScoreWidths = [64, 80, 128];
 const halfValueWidths = [64, 128, 256];
 
 function registers(first: number, count: number): string {

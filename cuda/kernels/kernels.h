@@ -37,6 +37,8 @@ void launch_values(const View& v, const View& mean, float largest, const View& v
 
 // ---- attention.cu -----------------------------------------------------------------------------------------
 void launch_flash(const AttentionOp& op, cudaStream_t stream);
+// decode.cu: the same where plan.key_splits is not 0; takes decode_workspace_bytes().
+void launch_decode(const AttentionOp& op, void* workspace, cudaStream_t stream);
 // Quantized operands in the kernel's own layout, made by stream.cu with the launchers above.
 struct Sage1Op {
   View q_raw, k_raw;  // what the codes were made of; absent where nobody knows

@@ -206,7 +206,9 @@ class CudaStream final : public Stream {
     enter(device_);
     Stages stages(current_trace());
     if (op.plan.kernel == Kernel::kFlash) {
+      const Workspace memory(*this, op.plan.workspace_bytes);
       stages.begin("attention");
+      if (op.plan.key_splits != 0) return launch_decode(op, memory.at(0), stream_);
       return op.plan.architecture == 90 ? sm90::launch_flash(op, stream_) : launch_flash(op, stream_);
     }
     const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);

@@ -1,4 +1,5 @@
 // The demo's picture: error against time, one panel for each set of tensors, one mark for each kernel.
+import { escape, svgDocument } from "../../lib/svg.ts";
 
 /** One kernel on one device. */
 export interface Mark {
@@ -18,35 +19,6 @@ const kernels = ["flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++
 const panelWidth = 470, panelHeight = 300;
 const margin = { left: 58, right: 16, top: 34, bottom: 40 };
 const head = 78, gap = 14;
-
-// Colours that tell apart on white and on black, also for eyes that mix red and green.
-const light = ["#5b6572", "#0b62c4", "#0a8f86", "#c2410c", "#8a2ea8", "#a16207"];
-const dark = ["#aab4c0", "#66a9ff", "#3fd0c4", "#ff9a5c", "#d896f0", "#e8c04a"];
-
-// Plain classes: image viewers other than browsers know no CSS variables.
-const style = `
-svg { font: 12px system-ui, sans-serif; } .title { font-size: 18px; font-weight: 600; }
-.panel { font-size: 13px; font-weight: 600; } .label { font-weight: 600; } .lead { stroke-width: .7; }
-${palette("#fff", "#1c2128", "#6b7480", "#e3e6ea", light)}
-@media (prefers-color-scheme: dark) {
-${palette("#14171c", "#e6e9ee", "#98a2ae", "#2a2f37", dark)}
-}`;
-
-function palette(
-  paper: string,
-  ink: string,
-  faint: string,
-  line: string,
-  kernels: string[],
-): string {
-  return `.paper { fill: ${paper}; } text { fill: ${ink}; } .faint { fill: ${faint}; } ` +
-    `.grid { stroke: ${line}; } .lead { stroke: ${faint}; } ` +
-    kernels.map((colour, i) => `.k${i} { fill: ${colour}; }`).join(" ");
-}
-
-function escape(text: string): string {
-  return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-}
 
 /** A logarithmic axis: where a value lies, and its ticks. */
 class Axis {
@@ -208,15 +180,15 @@ export function picture(panels: Panel[], devices: [string, string][]): string {
     const top = head + Math.floor(i / columns) * (panelHeight + gap);
     return `<g transform="translate(${left} ${top})">\n${drawPanel(panel)}\n</g>`;
   });
-  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" width="${width}" height="${height}" role="img" aria-label="Error against time of every attention kernel">
-<style>${style}</style>
-<rect width="100%" height="100%" class="paper"/>
-<text class="title" x="${gap + 10}" y="34">Attention kernels: error against time</text>
+  return svgDocument(
+    width,
+    height,
+    "Error against time of every attention kernel",
+    `<text class="title" x="${gap + 10}" y="34">Attention kernels: error against time</text>
 <text class="faint" x="${
-    gap + 10
-  }" y="62">Relative L1 error against float64 ↑, time of one call →. Lower left is better.</text>
+      gap + 10
+    }" y="62">Relative L1 error against float64 ↑, time of one call →. Lower left is better.</text>
 ${legend.join("\n")}
-${drawn.join("\n")}
-</svg>
-`;
+${drawn.join("\n")}`,
+  );
 }

@@ -265,29 +265,45 @@ __device__ __forceinline__ void store_element(char* base, DType dtype, int64_t i
     reinterpret_cast<float*>(base)[index] = value;
 }
 
-// Clears what is not finite from the rows of a tile of V from `first` on. Called by kThreads threads of whole warps.
+__device__ __forceinline__ void load_shared(uint32_t (&word)[4], uint32_t from) {
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+               : "r"(from)
+               : "memory");
+}
+
+// Clears what is not finite from the rows of a tile of V from `first` on. Called by kThreads threads of whole warps,
+// each of which looks at its part of the tile before it writes any.
 template <class C, int kThreads>
 __device__ __forceinline__ bool clear_not_finite(uint32_t v_tile, int first, int thread) {
   constexpr uint32_t kExponent = C::kPV == ptx::Half::kF16 ? 0x7c007c00u : 0x7f807f80u;
   constexpr uint32_t kUnit = C::kPV == ptx::Half::kF16 ? 0x04000400u : 0x00800080u;  // carries into the sign
-  bool found = false;
-#pragma unroll 1
-  for (int chunk = first * 16 + thread; chunk < C::kBlockN * 16; chunk += kThreads) {
+  constexpr uint32_t kSigns = 0x80008000u;
+  uint32_t found = 0;
+#pragma unroll 4
+  for (int chunk = first * 8 + thread; chunk < C::kBlockN * 8; chunk += kThreads) {
 #pragma unroll
     for (int panel = 0; panel < C::kVPanels; panel++) {
-      const uint32_t address = v_tile + panel * C::kBlockN * 128 + chunk * 8;
-      uint32_t word[2];
-      asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "r"(address) : "memory");
-      const uint32_t bad[2] = {((word[0] & kExponent) + kUnit) & 0x80008000u,
-                               ((word[1] & kExponent) + kUnit) & 0x80008000u};
-      if ((bad[0] | bad[1]) == 0) continue;
-      found = true;
+      uint32_t word[4];
+      load_shared(word, v_tile + panel * C::kBlockN * 128 + chunk * 16);
 #pragma unroll
-      for (int i = 0; i < 2; i++) word[i] &= ~((bad[i] >> 15) * 0xffffu);
-      asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(address), "r"(word[0]), "r"(word[1]) : "memory");
+      for (int i = 0; i < 4; i++) found |= (word[i] & kExponent) + kUnit;
     }
   }
-  return found;
+  if ((found & kSigns) == 0) return false;
+#pragma unroll 1
+  for (int chunk = first * 8 + thread; chunk < C::kBlockN * 8; chunk += kThreads) {
+#pragma unroll 1
+    for (int panel = 0; panel < C::kVPanels; panel++) {
+      const uint32_t address = v_tile + panel * C::kBlockN * 128 + chunk * 16;
+      uint32_t word[4];
+      load_shared(word, address);
+#pragma unroll
+      for (int i = 0; i < 4; i++) word[i] &= ~((((word[i] & kExponent) + kUnit & kSigns) >> 15) * 0xffffu);
+      ptx::store_shared_16(address, make_uint4(word[0], word[1], word[2], word[3]));
+    }
+  }
+  return true;
 }
 
 // The score of a key that INT8 cannot hold, from the raw tensors: +-inf or NaN as exact arithmetic has it.
@@ -906,11 +922,14 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
     if (last) rows = RowState{};
     const bool moved = exponentiate<C>(p, factors, s, e, rows, rescale);
     // The compiler moves a wait up as far as it can within a block of code: this branch keeps the exponentials above.
-    if (moved && !last) {
+    // All warps of a warpgroup must wait at the same place, so it is not the one that they decide on by themselves.
+    if (!last) {
       ptx::product_wait<0>();
       ptx::pin(o);
+      if (moved) {
 #pragma unroll
-      for (int i = 0; i < kOutCount; i++) o[i] *= rescale[i / 2 % 2];
+        for (int i = 0; i < kOutCount; i++) o[i] *= rescale[i / 2 % 2];
+      }
     }
     ptx::product_wait<0>();
     ptx::pin(e);

@@ -16,10 +16,14 @@ struct F16Tiles {
   int block_q, block_k;
 };
 
+// Below so many queries, blocks of few rows waste less on the diagonal.
+constexpr int kFewRows = 2048;
+
 constexpr F16Tiles f16_tiles(int padded_head_dim, bool quantized, bool causal, int64_t q_tokens) {
-  if (padded_head_dim == 64) return {192, 128};
+  if (padded_head_dim == 64)
+    return !quantized && causal && q_tokens < kFewRows ? F16Tiles{128, 128} : F16Tiles{192, 128};
   if (padded_head_dim == 128) return !quantized && !causal && q_tokens >= 4096 ? F16Tiles{192, 80} : F16Tiles{128, 128};
-  return quantized ? F16Tiles{128, 64} : F16Tiles{128, 80};
+  return quantized || (causal && q_tokens < 4096) ? F16Tiles{128, 64} : F16Tiles{128, 80};
 }
 
 // Whether the tensors' strides and the plan suit these kernels; host-only and pure.

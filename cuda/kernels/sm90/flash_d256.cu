@@ -10,7 +10,7 @@ void launch(const F16Params& params, const Operands& operands, bool causal, cuda
   const bool pairs = pairs_pay(params, 128, causal, 4096);
   if (causal) {
     if (pairs) return launch_f16<F16Config<256, kType, true, 80, 2, 2, 1, false, 2>>(params, operands, stream);
-    return launch_f16<F16Config<256, kType, true, 80, 2, 2, 1, false>>(params, operands, stream);
+    return launch_f16<F16Config<256, kType, true, 64, 2, 2, 1, false>>(params, operands, stream);
   }
   if (pairs) return launch_f16<F16Config<256, kType, false, 80, 2, 2, 1, false, 2>>(params, operands, stream);
   launch_f16<F16Config<256, kType, false, 80, 2, 2, 1, false>>(params, operands, stream);

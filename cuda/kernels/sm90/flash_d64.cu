@@ -1,4 +1,5 @@
 // `flash` on sm_90a for head dimensions up to 64.
+#include "flash.h"
 #include "flash_launch.h"
 
 namespace sage::cuda::sm90 {
@@ -7,6 +8,9 @@ namespace {
 
 template <ptx::Operand kType>
 void launch(const F16Params& params, const Operands& operands, bool causal, cudaStream_t stream) {
+  if (causal && params.q_tokens < kFewRows) {
+    return launch_f16<F16Config<64, kType, true, 128, 2, 4, 2, true>>(params, operands, stream);
+  }
   if (causal) return launch_f16<F16Config<64, kType, true, 128, 3, 4, 1, false>>(params, operands, stream);
   launch_f16<F16Config<64, kType, false, 128, 3, 4, 2, true>>(params, operands, stream);
 }

@@ -727,7 +727,7 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
   Slot<C::kQueryBuffers> query;
   const auto take_query_buffer = [&](uint32_t index) {
     ptx::barrier_wait(rings.queries.empty(query.index), query.parity ^ 1);
-    rings.items[query.index] = index;
+    atomicExch(rings.items + query.index, index);  // atomic for racecheck, which does not follow barriers like these
   };
   for (uint32_t index = blockIdx.x; index < p.items;) {
     const Item item = item_at<C>(p, index);
@@ -784,6 +784,10 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   const auto done = [&](uint32_t barrier) {
     if (lane == 0) ptx::barrier_arrive(barrier);
   };
+  const auto release_queries = [&](uint32_t buffer) {
+    __syncwarp();  // every lane has read whose queries they are
+    done(rings.queries.empty(buffer));
+  };
   const auto wait_turn = [&] {
     if (C::kTurns) ptx::turn_wait<128 * kGroups>(1 + group);
   };
@@ -811,7 +815,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   const auto next_course = [&] {
     ptx::barrier_wait(rings.queries.full(query.index), query.parity);
     // The reduction leaves it where the compiler keeps what a warp shares.
-    return Course<C>(p, __reduce_or_sync(~0u, rings.items[query.index]));
+    return Course<C>(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.items + query.index, 0u) : 0u));
   };
 
   Course<C> course = next_course();
@@ -888,7 +892,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         slot.next();
       }
 
-      done(rings.queries.empty(query.index));
+      release_queries(query.index);
       query.next();
       const Slot<C::kStages> before = slot.previous();
       ptx::barrier_wait(rings.values.full(before.index), before.parity);
@@ -914,7 +918,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         centred[half] = p.whole_mean ? 1.0f : state.sum[half] > 0.0f ? rest * reciprocal(state.sum[half]) : 0.0f;
       }
     } else {
-      done(rings.queries.empty(query.index));
+      release_queries(query.index);
       query.next();
       if (C::kAhead) {
         course = next_course();

@@ -1,0 +1,117 @@
+// Runs small calls of every operation and kernel under NVIDIA's compute-sanitizer: `deno task sanitize`.
+import { fromFileUrl } from "@std/path";
+import {
+  attention,
+  type AttentionOptions,
+  attentionQuantized,
+  dequantize,
+  Device,
+  type FloatDType,
+  fromFloat32,
+  quantize,
+  smooth,
+  type Tensor,
+  UnsupportedError,
+} from "../mod.ts";
+import { variants } from "../bench/cases.ts";
+import { closingLine } from "./suite.ts";
+
+const tools = ["memcheck", "initcheck", "synccheck", "racecheck"] as const;
+
+// ---- the calls -----------------------------------------------------------------------------------
+
+const shapes = [
+  { heads: 2, kvHeads: 1, queries: 130, keys: 333, headDim: 64 },
+  { heads: 2, kvHeads: 2, queries: 257, keys: 257, headDim: 128 },
+  { heads: 1, kvHeads: 1, queries: 1, keys: 200, headDim: 128 },
+  { heads: 1, kvHeads: 1, queries: 140, keys: 140, headDim: 256 },
+  { heads: 1, kvHeads: 1, queries: 70, keys: 90, headDim: 72 },
+] as const;
+
+function random<D extends FloatDType>(device: Device, shape: number[], dtype: D): Tensor<D> {
+  const values = Float32Array.from(
+    { length: shape.reduce((a, b) => a * b) },
+    () => 2 * Math.random() - 1,
+  );
+  return device.tensor(fromFloat32(values, dtype), shape, { dtype }) as Tensor as Tensor<D>;
+}
+
+/** Runs a call; whether the device can. */
+function tried(call: () => Disposable): boolean {
+  try {
+    call()[Symbol.dispose]();
+    return true;
+  } catch (error) {
+    if (error instanceof UnsupportedError) return false;
+    throw error;
+  }
+}
+
+function attentionCalls(device: Device, dtype: FloatDType): number {
+  let count = 0;
+  for (const { heads, kvHeads, queries, keys, headDim } of shapes) {
+    using q = random(device, [1, heads, queries, headDim], dtype);
+    using k = random(device, [1, kvHeads, keys, headDim], dtype);
+    using v = random(device, [1, kvHeads, keys, headDim], dtype);
+    for (const variant of variants) {
+      for (const causal of [false, true]) {
+        const options: AttentionOptions = { ...variant, causal };
+        if (tried(() => attention(q, k, v, { ...options, returnLse: true }))) count++;
+      }
+    }
+  }
+  return count;
+}
+
+function otherCalls(device: Device): number {
+  let count = 0;
+  using x = random(device, [1, 2, 200, 64], "f16");
+  for (const operand of ["query", "key"] as const) {
+    for (const dtype of ["i8", "i4"] as const) {
+      using codes = quantize(x, { operand, dtype, granularity: "thread", smooth: true });
+      using _back = dequantize(codes, { outDtype: "f16" });
+      count += 2;
+    }
+  }
+  using means = smooth(x, { blockRows: 128 });
+  using q = quantize(x, { operand: "query", dtype: "i8", granularity: "block" });
+  using k = quantize(x, { operand: "key", dtype: "i8", granularity: "block", smooth: true });
+  if (means && tried(() => attentionQuantized(q, k, x, { causal: true }))) count++;
+  return count + 3;
+}
+
+async function runCalls(): Promise<void> {
+  using device = Device.open();
+  let count = 0;
+  for (const dtype of ["f16", "bf16", "f32"] as const) count += attentionCalls(device, dtype);
+  count += otherCalls(device);
+  await device.synchronize();
+  console.log(`${count} calls on ${device}`);
+}
+
+// ---- the sanitizer -------------------------------------------------------------------------------
+
+/** Whether one of its tools finds nothing. */
+async function isClean(tool: string): Promise<boolean> {
+  const own = ["run", "--allow-all", fromFileUrl(import.meta.url), "--calls"];
+  const args = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "10"];
+  const { success, stdout, stderr } = await new Deno.Command("compute-sanitizer", {
+    args: [...args, Deno.execPath(), ...own],
+    stdin: "null",
+  }).output();
+  const text = new TextDecoder().decode(stdout) + new TextDecoder().decode(stderr);
+  const clean = success && /ERROR SUMMARY: 0 errors|0 hazards displayed/.test(text);
+  const calls = /\d+ calls on \S+/.exec(text)?.[0] ?? "no calls";
+  console.log(`${tool.padEnd(10)} ${clean ? "clean" : "FAILED"}, ${calls}`);
+  if (!clean) console.error(text.slice(0, 4000));
+  return clean;
+}
+
+if (Deno.args.includes("--calls")) {
+  await runCalls();
+} else {
+  let passed = 0, failed = 0;
+  for (const tool of tools) await isClean(tool) ? passed++ : failed++;
+  console.log(closingLine({ passed, failed, skipped: 0 }));
+  if (failed) Deno.exitCode = 1;
+}
