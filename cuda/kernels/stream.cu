@@ -315,7 +315,7 @@ class CudaStream final : public Stream {
 
   // V in FP16 with the scales of its channels.
   void convert_values(const View& v, const View& mean, int64_t padded_v_dim, const Plan& plan, void* to, void* scales,
-                      void* scratch, Sage1Op& run) {
+                      void* scratch, SageOp& run) {
     View v16 = dense(to, DType::kF16, v.batch(), v.heads(), v.tokens(), padded_v_dim);
     run.v_scales = dense(scales, DType::kF32, v.batch(), v.heads(), 1, v.channels());
     launch_values(v, mean, largest_value(plan), v16, run.v_scales, scratch, stream_);
@@ -342,7 +342,7 @@ class CudaStream final : public Stream {
       launch_mean(op.v, v_mean, nk, memory.at(layout.scratch), stream_);
     }
 
-    Sage1Op run{};
+    SageOp run{};
     run.q_raw = op.q;
     run.k_raw = op.k;
     run.q = dense(memory.at(layout.q_codes), DType::kI8, batch, q_heads, nq, plan.padded_head_dim);
@@ -429,7 +429,7 @@ class CudaStream final : public Stream {
     const Plan& plan = op.plan;
     const int64_t batch = op.q.batch(), q_heads = op.q.heads(), nq = op.q.tokens(), nk = op.k.tokens();
     stages.begin("pack");
-    Sage1Op run{};
+    SageOp run{};
     run.q = packed(needs.pack_q, op.q, plan.padded_head_dim, memory.at(layout.q_codes));
     run.k = packed(needs.pack_k, op.k, plan.padded_head_dim, memory.at(layout.k_codes));
     run.q_scales = packed(needs.pack_q_scales, op.q_scales, 1, memory.at(layout.q_scales));

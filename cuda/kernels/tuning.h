@@ -17,7 +17,8 @@ struct AttentionTuning {
 constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
 // Blocks of few rows waste less on the diagonal and fill the device sooner; those of many read K and V less often.
-constexpr bool few_rows_pay(long long k_tokens) { return k_tokens <= 8192; }
+// Column terms leave no registers for many.
+constexpr bool few_rows_pay(bool column_terms, long long k_tokens) { return column_terms || k_tokens <= 8192; }
 
 constexpr AttentionTuning attention_tuning(int padded_head_dim, bool quantized, bool f16_accumulator, bool few_rows) {
   if (padded_head_dim > 128) return {1, 2, 1, false};
