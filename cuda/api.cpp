@@ -253,7 +253,7 @@ void check_shapes(const Tensors& tensors, const View& q, const View& k, const Vi
   tensors.expect("lse", lse, 3, 1, "one value a row");
 }
 
-AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, bool causal) {
+AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, const Masking& masking) {
   return {q.batch(),
           q.heads(),
           k.heads(),
@@ -263,8 +263,9 @@ AttentionShape shape_of(const View& q, const View& k, const View& v, const View&
           v.channels(),
           q.dtype,
           o.dtype,
-          causal,
-          has_boxes(q) && has_boxes(k) && has_boxes(v)};
+          masking.after == 0,
+          has_boxes(q) && has_boxes(k) && has_boxes(v),
+          masking};
 }
 
 float resolve_scale(const sage_attention_options& options, const View& q) {
@@ -272,18 +273,49 @@ float resolve_scale(const sage_attention_options& options, const View& q) {
 }
 
 Masking resolve_masking(const sage_attention_options& options, const View& q, const View& k) {
+  const int64_t all = q.tokens() + k.tokens();  // so far no key is from any diagonal
+  const auto limit = [all](int64_t tokens) { return tokens < all ? tokens : kUnlimited; };
   Masking masking;
   masking.offset = options.alignment == SAGE_ALIGN_TOP_LEFT ? 0 : k.tokens() - q.tokens();
   if (options.windowed) {
-    masking.before = options.window_before;
-    masking.after = options.window_after;
+    masking.before = limit(options.window_before);
+    masking.after = limit(options.window_after);
   }
   if (options.causal) masking.after = 0;
   masking.softcap = options.softcap;
   return masking;
 }
 
-AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& traits, Tensors& tensors) {
+// The tensors of a mask, which may be broadcast.
+void read_mask_tensors(const sage_attention_call& call, const View& q, const View& k, Tensors& tensors,
+                       Masking& masking) {
+  const auto expect_heads = [&](const char* name, const View& view, const char* one) {
+    tensors.expect(name, view, 1, q.heads(), "q.shape[1]");
+    tensors.expect(name, view, 2, 1, one);
+    tensors.expect(name, view, 3, 1, one);
+  };
+  masking.mask =
+      tensors.add_optional("mask", call.mask, Access::kRead, {DType::kBool, DType::kF32, DType::kF16, DType::kBF16});
+  masking.sinks = tensors.add_optional("sinks", call.sinks, Access::kRead, kF32Only);
+  masking.alibi = tensors.add_optional("alibi", call.alibi, Access::kRead, kF32Only);
+  if (masking.mask) {
+    tensors.expect_or_one("mask", masking.mask, 0, q.batch(), "q.shape[0]");
+    tensors.expect_or_one("mask", masking.mask, 1, q.heads(), "q.shape[1]");
+    tensors.expect_or_one("mask", masking.mask, 2, q.tokens(), "q.shape[2]");
+    tensors.expect("mask", masking.mask, 3, k.tokens(), "k.shape[2]");
+  }
+  if (masking.sinks) {
+    tensors.expect("sinks", masking.sinks, 0, 1, "one sink a head");
+    expect_heads("sinks", masking.sinks, "one sink a head");
+  }
+  if (masking.alibi) {
+    tensors.expect_or_one("alibi", masking.alibi, 0, q.batch(), "q.shape[0]");
+    expect_heads("alibi", masking.alibi, "one slope a head");
+  }
+}
+
+// All but the plan.
+AttentionOp read_operands(const sage_attention_call& call, Tensors& tensors) {
   check_zero(kAttention, "call->reserved", call.reserved);
   check_options(call.options);
   AttentionOp op;
@@ -296,9 +328,15 @@ AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& 
   tensors.expect_same_dtype("v", op.v, "q", op.q);
   check_shapes(tensors, op.q, op.k, op.v, op.o, op.lse);
   op.masking = resolve_masking(call.options, op.q, op.k);
+  read_mask_tensors(call, op.q, op.k, tensors, op.masking);
   op.causal = op.masking.after == 0;
-  op.plan = plan_attention(shape_of(op.q, op.k, op.v, op.o, op.causal), call.options, traits);
   op.scale = resolve_scale(call.options, op.q);
+  return op;
+}
+
+AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& traits, Tensors& tensors) {
+  AttentionOp op = read_operands(call, tensors);
+  op.plan = plan_attention(shape_of(op.q, op.k, op.v, op.o, op.masking), call.options, traits);
   return op;
 }
 
@@ -317,6 +355,87 @@ void attention(const sage_attention_call* from, bool flash_only) {
   tensors.pin(*stream);
   stream->queue->attention(op);
 }
+
+// ---- sequences of different lengths -------------------------------------------------------------------------
+
+constexpr uint64_t kMostSequences = uint64_t(1) << 24;
+
+// Where sequences begin, and after them where the last one ends: rising, from 0 to all tokens.
+std::vector<int64_t> read_starts(const char* name, const int64_t* from, uint64_t sequences, int64_t tokens,
+                                 const char* source) {
+  check_pointer(kAttention, name, from);
+  std::vector<int64_t> starts(sequences + 1);
+  std::memcpy(starts.data(), from, starts.size() * sizeof(int64_t));
+  const auto fail = [&](uint64_t i, const std::string& must) {
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT,
+              cannot(kAttention, std::string(name) + "[" + std::to_string(i) + "]", must, starts[i]));
+  };
+  if (starts[0] != 0) fail(0, "be 0");
+  for (uint64_t i = 1; i <= sequences; ++i) {
+    if (starts[i] < starts[i - 1]) fail(i, "be at least the number before it (" + std::to_string(starts[i - 1]) + ")");
+    if (starts[i] > tokens) fail(i, "be at most " + std::string(source) + " (" + std::to_string(tokens) + ")");
+  }
+  if (starts[sequences] != tokens)
+    fail(sequences, "equal " + std::string(source) + " (" + std::to_string(tokens) + ")");
+  return starts;
+}
+
+// Indices [from, to) of one dimension.
+View slice(View view, int dimension, int64_t from, int64_t to) {
+  if (!view) return view;
+  const int64_t bits = from * view.stride[dimension] * bits_per_element(view.dtype);
+  view.data = static_cast<char*>(view.data) + bits / 8;
+  view.shape[dimension] = to - from;
+  return view;
+}
+
+// One sequence of several. Without keys it gets one that none of its queries sees.
+AttentionOp sequence_of(const AttentionOp& all, const sage_attention_options& options, int64_t q_from, int64_t q_to,
+                        int64_t k_from, int64_t k_to, const DeviceTraits& traits) {
+  const bool no_keys = k_from == k_to;
+  if (no_keys) k_from = 0, k_to = 1;
+  AttentionOp op;
+  op.q = slice(all.q, 2, q_from, q_to);
+  op.k = slice(all.k, 2, k_from, k_to);
+  op.v = slice(all.v, 2, k_from, k_to);
+  op.o = slice(all.o, 2, q_from, q_to);
+  op.lse = slice(all.lse, 2, q_from, q_to);
+  op.masking = resolve_masking(options, op.q, op.k);
+  if (no_keys) op.masking.offset = -op.q.tokens(), op.masking.after = 0;
+  op.masking.mask = slice(all.masking.mask, 3, k_from, k_to);
+  if (all.masking.mask.tokens() > 1) op.masking.mask = slice(op.masking.mask, 2, q_from, q_to);
+  op.masking.sinks = all.masking.sinks;
+  op.masking.alibi = all.masking.alibi;
+  op.causal = op.masking.after == 0;
+  op.plan = plan_attention(shape_of(op.q, op.k, op.v, op.o, op.masking), options, traits);
+  op.scale = all.scale;
+  return op;
+}
+
+void attention_varlen(const sage_attention_call* from, const int64_t* q_from, const int64_t* k_from,
+                      uint64_t sequences) {
+  const auto call = read_struct(kAttention, "call", from);
+  const OpenGate stream(call.stream);
+  Tensors tensors(kAttention, stream->device);
+  const AttentionOp all = read_operands(call, tensors);
+  tensors.expect("q", all.q, 0, 1, "one batch of sequences");
+  if (sequences < 1 || sequences > kMostSequences) {
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "sequences", "be from 1 to " + std::to_string(kMostSequences),
+                                            std::to_string(sequences)));
+  }
+  const auto q_starts = read_starts("q_starts", q_from, sequences, all.q.tokens(), "q.shape[2]");
+  const auto k_starts = read_starts("k_starts", k_from, sequences, all.k.tokens(), "k.shape[2]");
+  std::vector<AttentionOp> ops;
+  for (uint64_t s = 0; s < sequences; ++s) {
+    if (q_starts[s] == q_starts[s + 1]) continue;
+    ops.push_back(
+        sequence_of(all, call.options, q_starts[s], q_starts[s + 1], k_starts[s], k_starts[s + 1], stream->traits));
+  }
+  tensors.pin(*stream);
+  stream->queue->attention_varlen(ops);
+}
+
+// ---- attention on codes ---------------------------------------------------------------------------------
 
 struct QuantizedTypes {
   DType qk;
@@ -361,8 +480,9 @@ void attention_quantized(const sage_attention_quantized_call* from) {
   op.o = tensors.add("o", call.o, Access::kWrite, kFloats);
   op.lse = tensors.add_optional("lse", call.lse, Access::kWrite, kF32Only);
   check_shapes(tensors, op.q, op.k, op.v, op.o, op.lse);
-  op.causal = call.options.causal != 0;
-  op.plan = plan_attention_quantized(shape_of(op.q, op.k, op.v, op.o, op.causal), call, stream->traits);
+  op.masking = resolve_masking(call.options, op.q, op.k);
+  op.causal = op.masking.after == 0;
+  op.plan = plan_attention_quantized(shape_of(op.q, op.k, op.v, op.o, op.masking), call, stream->traits);
   op.scale = resolve_scale(call.options, op.q);
   op.q_mean_rows = call.q_mean_rows ? call.q_mean_rows : op.q.tokens();
   expect_scales(tensors, "q_scales", op.q_scales, "q", op.q, op.plan.q_grouping, op.plan.q_group_rows);
@@ -671,9 +791,9 @@ sage_status sage_flash_attention(const sage_attention_call* call, char* error, s
   return guarded(error, error_size, [&] { attention(call, true); });
 }
 
-sage_status sage_attention_varlen(const sage_attention_call*, const int64_t*, const int64_t*, uint64_t, char* error,
-                                  size_t error_size) {
-  return guarded(error, error_size, [&] { SAGE_FAIL(SAGE_UNSUPPORTED, "Cannot run attention of many sequences yet"); });
+sage_status sage_attention_varlen(const sage_attention_call* call, const int64_t* q_starts, const int64_t* k_starts,
+                                  uint64_t sequences, char* error, size_t error_size) {
+  return guarded(error, error_size, [&] { attention_varlen(call, q_starts, k_starts, sequences); });
 }
 
 sage_status sage_explain(const sage_attention_call* call, sage_plan* plan, char* error, size_t error_size) {

@@ -88,9 +88,10 @@ struct Masking {
   int64_t before = kUnlimited;  // how many keys before the diagonal it sees
   int64_t after = kUnlimited;   // and after it; 0: causal
   float softcap = 0;            // 0: none
-  View mask;                    // absent, bool (true: visible) or floats (added): [B or 1, Hq or 1, Nq or 1, Nk]
-  View sinks;                   // absent, or f32 [1, Hq, 1, 1]: logits of the denominator alone
-  View alibi;                   // absent, or f32 [B or 1, Hq, 1, 1]: slope * -|i + offset - j| is added
+  // Absent, or with strides of 0 in dimensions of length 1:
+  View mask;   // bool (true: visible) or floats (added; -inf: not visible): [B or 1, Hq or 1, Nq or 1, Nk]
+  View sinks;  // f32 [1, Hq, 1, 1]: logits of the denominator alone
+  View alibi;  // f32 [B or 1, Hq, 1, 1]: slope * -|i + offset - j| is added
 };
 
 // Everything decided about one attention call; made by plan.cpp, shown by sage_explain.
@@ -128,7 +129,8 @@ struct QuantizedAttentionOp {
   View v, v_scales, v_mean;  // v_scales are absent for sage1
   View o, lse;
   int64_t q_mean_rows;  // never 0
-  bool causal;
+  Masking masking;      // without tensors
+  bool causal;          // masking.after == 0
   float scale;
   Plan plan;  // its smoothing flags are unused
 };
@@ -171,6 +173,7 @@ class Stream {
   virtual void quantize(const QuantizeOp& op) = 0;
   virtual void dequantize(const QuantizeOp& op) = 0;
   virtual void attention(const AttentionOp& op) = 0;
+  virtual void attention_varlen(const std::vector<AttentionOp>& ops) = 0;  // of tokens apart from each other's
   virtual void attention_quantized(const QuantizedAttentionOp& op) = 0;
 };
 
@@ -200,7 +203,8 @@ struct AttentionShape {
   int64_t batch, q_heads, kv_heads, q_tokens, k_tokens, head_dim, v_dim;
   DType dtype, out_dtype;
   bool causal;
-  bool boxes;  // q, k and v can be copied as boxes
+  bool boxes;            // q, k and v can be copied as boxes
+  Masking masking = {};  // its tensors may lie nowhere
 };
 
 // Whether hardware can copy boxes of the tensor (by a tensor map): base and strides are multiples of 16 bytes.

@@ -16,6 +16,22 @@ namespace {
             "Cannot run attention as " + what + " must be " + must + ": current value is " + value + ".");
 }
 
+// What no kernel here has yet.
+void refuse_masking(const AttentionShape& shape) {
+  const Masking& masking = shape.masking;
+  const auto check = [](const char* what, bool good, const char* must, const std::string& value) {
+    if (!good)
+      refuse(what, std::string(must) + " on a CUDA device, with kernel flash too, or the device the CPU", value);
+  };
+  check("options.alignment", masking.after != 0 || masking.offset == shape.k_tokens - shape.q_tokens,
+        "bottom-right (0)", "top-left (1)");
+  check("options.windowed", masking.before == kUnlimited && masking.after <= 0, "0", "1");
+  check("options.softcap", masking.softcap == 0, "0", std::to_string(masking.softcap));
+  check("mask", !masking.mask, "absent", "given");
+  check("sinks", !masking.sinks, "absent", "given");
+  check("alibi", !masking.alibi, "absent", "given");
+}
+
 bool is_hopper(const DeviceTraits& device) { return device.compute_capability == 90; }
 
 void check_tokens(const AttentionShape& shape) {
@@ -125,6 +141,7 @@ Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device,
 bool cuda_fast_exponential(const AttentionShape&, const DeviceTraits& device) { return is_hopper(device); }
 
 void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  refuse_masking(shape);
   set_cuda_tiles(shape, device, plan);
   choose_hopper_kernel(shape, device, plan);
   if (plan.kernel == Kernel::kFlash) {
@@ -139,6 +156,7 @@ void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& pl
 
 // Its workspace follows from the operands' strides as well: the stream sizes it.
 void plan_cuda_quantized(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  refuse_masking(shape);
   if (plan.kernel == Kernel::kSage2) {
     refuse("options.kernel", "sage1 for quantized operands on a CUDA device (flash takes none), or the device the CPU",
            kernel_name(plan.kernel));

@@ -14,10 +14,10 @@ std::string cannot(const char* action, const std::string& what, const std::strin
   return cannot(action, what, must, std::to_string(current));
 }
 
-static bool known(int32_t dtype) { return dtype >= SAGE_F32 && dtype <= SAGE_E4M3; }
+static bool known(int32_t dtype) { return dtype >= SAGE_F32 && dtype <= SAGE_BOOL; }
 
 const char* dtype_name(DType dtype) {
-  static const char* const names[] = {"f32", "f16", "bf16", "i8", "i4", "e4m3"};
+  static const char* const names[] = {"f32", "f16", "bf16", "i8", "i4", "e4m3", "bool"};
   return names[int(dtype)];
 }
 
@@ -52,6 +52,23 @@ static void check_option(const char* name, int32_t value, int32_t first, int32_t
   SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, std::string("options.") + name, must, value));
 }
 
+static void check_window(const sage_attention_options& options) {
+  check_option("windowed", options.windowed, 0, 1, "be 0 or 1");
+  const auto check = [](const char* name, int64_t value, bool good, const char* must) {
+    if (good) return;
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, std::string("options.") + name, must, value));
+  };
+  const int64_t before = options.window_before, after = options.window_after;
+  if (!options.windowed) {
+    check("window_before", before, before == 0, "be 0 where options.windowed is 0");
+    check("window_after", after, after == 0, "be 0 where options.windowed is 0");
+  } else {
+    check("window_before", before, before >= kUnlimited, "be at least 0, or -1 for no limit");
+    check("window_after", after, after >= kUnlimited, "be at least 0, or -1 for no limit");
+    check("window_after", after, !options.causal || after <= 0, "be 0 or -1 where options.causal is 1");
+  }
+}
+
 void check_options(const sage_attention_options& options) {
   constexpr const char* kSwitch = "be default (0), off (1) or on (2)";
   check_option("kernel", options.kernel, SAGE_KERNEL_AUTO, SAGE_KERNEL_SAGE2PP,
@@ -68,8 +85,13 @@ void check_options(const sage_attention_options& options) {
                "be default (0), 448/2.25 (1), 224/4.5 (2) or 112/9 (3)");
   check_option("exponential", options.exponential, SAGE_EXPONENTIAL_DEFAULT, SAGE_EXPONENTIAL_FAST,
                "be default (0), exact (1) or fast (2)");
-  check_option("alignment", options.alignment, 0, 0, "be 0");
-  check_option("windowed", options.windowed, 0, 0, "be 0");
+  check_option("alignment", options.alignment, SAGE_ALIGN_BOTTOM_RIGHT, SAGE_ALIGN_TOP_LEFT,
+               "be bottom-right (0) or top-left (1)");
+  check_window(options);
+  if (!std::isfinite(options.softcap) || options.softcap < 0) {
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAttention, "options.softcap", "be positive and finite, or 0 for none",
+                                            std::to_string(options.softcap)));
+  }
   check_option("rotate", options.rotate, 0, 0, "be 0");
   check_option("band", options.band, 0, 0, "be 0");
   check_option("first_token", options.first_token, 0, 0, "be 0");
@@ -231,6 +253,14 @@ void Tensors::expect(const char* name, const View& view, int dimension, int64_t 
   SAGE_FAIL(SAGE_INVALID_ARGUMENT,
             cannot(action_, at(name, "shape", dimension),
                    "equal " + std::string(source) + " (" + std::to_string(value) + ")", view.shape[dimension]));
+}
+
+void Tensors::expect_or_one(const char* name, const View& view, int dimension, int64_t value,
+                            const char* source) const {
+  if (view.shape[dimension] == 1 || view.shape[dimension] == value) return;
+  SAGE_FAIL(SAGE_INVALID_ARGUMENT,
+            cannot(action_, at(name, "shape", dimension),
+                   "be 1 or equal " + std::string(source) + " (" + std::to_string(value) + ")", view.shape[dimension]));
 }
 
 void Tensors::expect_same_shape(const char* name, const View& view, const char* other_name, const View& other) const {

@@ -68,6 +68,7 @@ class Tensors {
   View add(const char* name, const sage_tensor& tensor, Access access, std::initializer_list<DType> allowed);
   View add_optional(const char* name, const sage_tensor& tensor, Access access, std::initializer_list<DType> allowed);
   void expect(const char* name, const View& view, int dimension, int64_t value, const char* source) const;
+  void expect_or_one(const char* name, const View& view, int dimension, int64_t value, const char* source) const;
   void expect_same_shape(const char* name, const View& view, const char* other_name, const View& other) const;
   void expect_same_dtype(const char* name, const View& view, const char* other_name, const View& other) const;
 

@@ -88,7 +88,7 @@ Attention prepare(const AttentionOp& op, Arena& arena, Preparation& steps) {
   const bool flash = plan.kernel == Kernel::kFlash;
   Attention a = {};
   a.kernel = plan.kernel;
-  a.causal = op.causal;
+  a.masking = op.masking;
   a.f16_accumulator = plan.f16_accumulator;
   a.fast_exponential = plan.fast_exponential;
   a.scale = op.scale;
@@ -141,7 +141,7 @@ Attention prepare(const QuantizedAttentionOp& op, Arena& arena) {
   const Plan& plan = op.plan;
   Attention a = {};
   a.kernel = plan.kernel;
-  a.causal = op.causal;
+  a.masking = op.masking;
   a.f16_accumulator = plan.f16_accumulator;
   a.fast_exponential = plan.fast_exponential;
   a.scale = op.scale;

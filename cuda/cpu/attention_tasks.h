@@ -1,7 +1,7 @@
 // Attention of one tile of queries: scores, online softmax in base 2, and the sums of values, key tile by key tile.
 #pragma once
 
-#include "pack_tasks.h"
+#include "mask_tasks.h"
 
 namespace sage::cpu::SAGE_ISA {
 
@@ -107,12 +107,14 @@ class QueryTile {
 
   void load_queries();
   void load_query_means();
+  float missing_from_scores(int row) const;
   void correct(int64_t tile);
   template <int kRows>
   void attend(int64_t tile, int row);
   template <int kRows>
-  void score(int64_t tile, int row, int keys, float (*scores)[kKeyTile]);
+  void score(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]);
   void score_bad_keys(int64_t tile, int row, int rows, float (*scores)[kKeyTile]);
+  void change_scores(int64_t tile, int row, int rows, Cover cover, float (*scores)[kKeyTile]);
   template <int kRows>
   void soften(int64_t tile, int row, float (*scores)[kKeyTile], float* decay);
   template <int kRows, int kVectors>
@@ -121,32 +123,37 @@ class QueryTile {
   void load_exact_query(int row, float* to) const;
   void finish(int row);
 
-  int visible(int row, int64_t tile) const {  // keys of a tile
-    const int64_t keys = visible_[row] - tile * kKeyTile;
-    return keys < 0 ? 0 : keys > kKeyTile ? kKeyTile : int(keys);
+  // The keys [first, last) of a tile that a row reaches.
+  int first(int row, int64_t tile) const { return within_tile(first_[row], tile); }
+  int last(int row, int64_t tile) const { return within_tile(last_[row], tile); }
+  static int within_tile(int64_t key, int64_t tile) {
+    return int(smaller(kKeyTile, key > tile * kKeyTile ? key - tile * kKeyTile : 0));
   }
+  int64_t first_tile() const { return first_[0] / kKeyTile; }
+  int64_t end_tile() const { return ceil_div(last_[rows_ - 1], kKeyTile); }
 
   const Attention& a_;
   const int64_t b_, h_, kv_h_, kv_head_, begin_;
   const int rows_, channels_, depth_, v_channels_, v_stride_;
   const float factor_;      // of scores: the softmax scale, in base 2
   float log2_range_;        // of probability 1
+  float slope_ = 0.0f;      // of ALiBi
   bool any_bad_values_;     // in the tiles of values of this head
   int64_t first_mean_ = 0;  // of the rows of q_mean that this tile needs
   // In the scratch of the worker:
-  Operand* queries_;                // [rows, depth]
-  float* out_;                      // [rows, v_stride]: sums of values
-  float* sums_;                     // [rows, kLanes]: of probabilities
-  float* means_;                    // [rows, channels]
-  float* corrections_;              // [rows, kKeyTile]: means . keys
-  float top_[kQueryTile];           // the largest score so far
-  float row_factor_[kQueryTile];    // of integer scores
-  int32_t row_offset_[kQueryTile];  // takes off what kCodeOffset adds to a row's products
-  int64_t visible_[kQueryTile];     // keys
+  Operand* queries_;                              // [rows, depth]
+  float* out_;                                    // [rows, v_stride]: sums of values
+  float* sums_;                                   // [rows, kLanes]: of probabilities
+  float* means_;                                  // [rows, channels]
+  float* corrections_;                            // [rows, kKeyTile]: means . keys
+  float top_[kQueryTile];                         // the largest score so far
+  float row_factor_[kQueryTile];                  // of integer scores
+  int32_t row_offset_[kQueryTile];                // takes off what kCodeOffset adds to a row's products
+  float shift_[kQueryTile];                       // soft caps: what scores lack, as keys were smoothed
+  int64_t first_[kQueryTile], last_[kQueryTile];  // the keys that a row reaches; both rise with the row
+  bool sees_[kQueryTile];                         // whether any of them is open
   alignas(64) float k_mean_[kRowFloats], v_scales_[kRowFloats], v_mean_[kRowFloats];
 };
-
-constexpr float kInfinity = __builtin_inff();
 
 size_t scratch_bytes(const Attention& a) {
   const int64_t floats = a.q.channels() + a.padded_v_dim() + kLanes + a.q.channels() + kKeyTile;
@@ -182,14 +189,19 @@ QueryTile<Recipe>::QueryTile(const Attention& a, int64_t task, int worker)
   memset(sums_, 0, sizeof(float) * kQueryTile * kLanes);
   for (int row = 0; row < rows_; ++row) {
     top_[row] = -kInfinity;
-    const int64_t keys = begin_ + row + a.k.tokens() - a.q.tokens() + 1;
-    visible_[row] = !a.causal || keys > a.k.tokens() ? a.k.tokens() : keys < 0 ? 0 : keys;
+    const Masking& m = a.masking;
+    const int64_t keys = a.k.tokens(), diagonal = begin_ + row + m.offset;
+    const auto clamp = [keys](int64_t key) { return key < 0 ? 0 : smaller(key, keys); };
+    first_[row] = m.before == kUnlimited ? 0 : clamp(diagonal - m.before);
+    last_[row] = m.after == kUnlimited ? keys : clamp(diagonal + m.after + 1);
+    sees_[row] = !m.mask && first_[row] < last_[row];
   }
+  if (a.masking.alibi) slope_ = *at<float>(a.masking.alibi, b_, h_, 0);
   log2_range_ = Recipe::kProbabilities == Rounding::kE4M3 ? log2f(a.p_range) : 0.0f;
   any_bad_values_ = false;
-  for (int64_t tile = 0; tile < a.tiles(); ++tile) any_bad_values_ |= a.bad_values[kv_head_ * a.tiles() + tile] != 0;
-  if (!Recipe::kIntegerScores) {  // values near the end of f32: sums of them must not overflow
-    for (int64_t tile = 0; tile < a.tiles(); ++tile) {
+  for (int64_t tile = first_tile(); tile < end_tile(); ++tile) {
+    any_bad_values_ |= a.bad_values[kv_head_ * a.tiles() + tile] != 0;
+    if (!Recipe::kIntegerScores) {  // values near the end of f32: sums of them must not overflow
       if (a.value_peaks[kv_head_ * a.tiles() + tile] >= 0x1p64f) log2_range_ = -40.0f;
     }
   }
@@ -199,7 +211,7 @@ template <class Recipe>
 void QueryTile<Recipe>::run() {
   load_queries();
   if (a_.q_mean) load_query_means();
-  for (int64_t tile = 0; tile * kKeyTile < visible_[rows_ - 1]; ++tile) {
+  for (int64_t tile = first_tile(); tile < end_tile(); ++tile) {
     if (a_.q_mean) correct(tile);
     int row = 0;
     for (; row + kGroupRows <= rows_; row += kGroupRows) attend<kGroupRows>(tile, row);
@@ -224,10 +236,28 @@ void QueryTile<Recipe>::load_queries() {
     } else {
       alignas(64) float values[kRowFloats];
       load_row(a_.q, b_, h_, n, 0, channels_, values);
+      if (a_.masking.softcap != 0.0f) {  // which would make a number of infinity
+        bool finite = true;
+        for (int c = 0; c < channels_; ++c) finite &= is_finite(values[c]);
+        if (!finite) values[0] = float_of(0x7fc00000u);
+      }
       for (int c = 0; c < channels_; c += kLanes) store(values + c, load<Floats>(values + c) * factor_);
       memcpy(queries_ + row * depth_, values, sizeof(float) * channels_);
     }
+    shift_[row] = a_.masking.softcap != 0.0f && a_.k_mean ? missing_from_scores(row) * kLog2e : 0.0f;
   }
+}
+
+// The product of the query and the mean of the keys.
+template <class Recipe>
+float QueryTile<Recipe>::missing_from_scores(int row) const {
+  alignas(64) float query[kRowFloats];
+  load_exact_query(row, query);
+  Floats products = {};
+  for (int c = 0; c < channels_; c += kLanes) {
+    products = fma(load<Floats>(query + c), load<Floats>(k_mean_ + c), products);
+  }
+  return a_.scale * total(products);
 }
 
 template <class Recipe>
@@ -259,14 +289,25 @@ void QueryTile<Recipe>::correct(int64_t tile) {
 template <class Recipe>
 template <int kRows>
 void QueryTile<Recipe>::attend(int64_t tile, int row) {
-  const int keys = visible(row + kRows - 1, tile);
-  if (keys == 0) return;
+  const int from = first(row, tile), keys = last(row + kRows - 1, tile);
+  if (from >= keys) return;
+  Cover cover = Cover::kOpen;
+  if (a_.masking.mask) {
+    const int64_t begin = tile * kKeyTile;
+    cover = cover_of(a_.masking.mask, b_, h_, begin_ + row, kRows, begin + from, begin + keys);
+    if (cover == Cover::kClosed) return;
+    for (int r = row; r < row + kRows; ++r) sees_[r] |= cover == Cover::kOpen && first(r, tile) < last(r, tile);
+  }
   alignas(64) float scores[kRows][kKeyTile];  // in base 2, then probabilities as the operand of P.V
   alignas(64) float decay[(kRows + kLanes - 1) / kLanes * kLanes] = {};
   constexpr int kStep = kRows < kTileRows ? kRows : kTileRows;
-  for (int r = 0; r < kRows; r += kStep) score<kStep>(tile, row + r, keys, scores + r);
+  for (int r = 0; r < kRows; r += kStep) score<kStep>(tile, row + r, from, keys, scores + r);
   const uint64_t bad = Recipe::kIntegerScores ? a_.bad_keys[kv_head_ * a_.tiles() + tile] : 0;
   if (bad) score_bad_keys(tile, row, kRows, scores);
+  const Masking& masking = a_.masking;
+  if (masking.softcap != 0.0f || masking.alibi || cover == Cover::kMixed) {
+    change_scores(tile, row, kRows, cover, scores);
+  }
   soften<kRows>(tile, row, scores, decay);
 
   const auto* probabilities = reinterpret_cast<const ValueOperand*>(scores);
@@ -288,10 +329,11 @@ void QueryTile<Recipe>::attend(int64_t tile, int row) {
 
 template <class Recipe>
 template <int kRows>
-void QueryTile<Recipe>::score(int64_t tile, int row, int keys, float (*scores)[kKeyTile]) {
+void QueryTile<Recipe>::score(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]) {
   const int64_t index = kv_head_ * a_.tiles() + tile;
   const Operand* packed = reinterpret_cast<const Operand*>(a_.key_tiles + index * a_.key_tile_bytes);
-  for (int column = 0; column < keys; column += kTileVectors * kLanes) {
+  constexpr int kColumns = kTileVectors * kLanes;
+  for (int column = from / kColumns * kColumns; column < keys; column += kColumns) {
     typename Scores::Vector sums[kRows][kTileVectors] = {};
     if constexpr (Recipe::kIntegerScores && kCodeOffset != 0) {
       for (int r = 0; r < kRows; ++r) {
@@ -326,7 +368,7 @@ void QueryTile<Recipe>::score_bad_keys(int64_t tile, int row, int rows, float (*
   alignas(64) float query[kRowFloats];
   for (int r = 0; r < rows; ++r) {
     load_exact_query(row + r, query);
-    for (int key = 0; key < visible(row + r, tile); ++key) {
+    for (int key = first(row + r, tile); key < last(row + r, tile); ++key) {
       if (!(bad >> key & 1)) continue;
       float score = 0.0f;
       for (int c = 0; c < channels_; ++c) {
@@ -334,6 +376,20 @@ void QueryTile<Recipe>::score_bad_keys(int64_t tile, int row, int rows, float (*
         if (!is_finite(x)) score += query[c] * x;
       }
       scores[r][key] = score;
+    }
+  }
+}
+
+template <class Recipe>
+void QueryTile<Recipe>::change_scores(int64_t tile, int row, int rows, Cover cover, float (*scores)[kKeyTile]) {
+  const Masking& masking = a_.masking;
+  const int64_t begin = tile * kKeyTile;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t n = begin_ + row + r;
+    if (masking.softcap != 0.0f) cap_scores(masking.softcap, shift_[row + r], scores[r]);
+    if (masking.alibi) add_distances(slope_, float(n + masking.offset - begin), scores[r]);
+    if (cover == Cover::kMixed) {
+      sees_[row + r] |= add_mask(masking.mask, b_, h_, n, begin, first(row + r, tile), last(row + r, tile), scores[r]);
     }
   }
 }
@@ -346,12 +402,13 @@ void QueryTile<Recipe>::soften(int64_t tile, int row, float (*scores)[kKeyTile],
   const Ints lanes = lane_numbers();
   float base[kRows];
   for (int r = 0; r < kRows; ++r) {
-    const int keys = visible(row + r, tile);
+    const int from = first(row + r, tile), to = last(row + r, tile);
     Floats top = broadcast(top_[row + r]);
-    if (keys < kKeyTile) {
+    if (from > 0 || to < kKeyTile) {
       for (int v = 0; v < kVectors; ++v) {
         const Floats x = load<Floats>(scores[r] + v * kLanes);
-        store(scores[r] + v * kLanes, lanes + v * kLanes < keys ? x : broadcast(-kInfinity));
+        const Ints key = lanes + v * kLanes;
+        store(scores[r] + v * kLanes, (key >= from) & (key < to) ? x : broadcast(-kInfinity));
       }
     }
     for (int v = 0; v < kVectors; ++v) top = max(top, load<Floats>(scores[r] + v * kLanes));
@@ -424,41 +481,44 @@ void QueryTile<Recipe>::load_exact_query(int row, float* to) const {
 template <class Recipe>
 void QueryTile<Recipe>::finish(int row) {
   const int64_t n = begin_ + row;
+  const View &mask = a_.masking.mask, &sinks = a_.masking.sinks;
+  const float sink = sinks ? *at<float>(sinks, 0, h_, 0) : -kInfinity;
   alignas(64) float values[kRowFloats];
-  float lse = -kInfinity;
-  if (visible_[row] == 0) {
+  float lse = sink;
+  if (!sees_[row]) {
     memset(values, 0, sizeof(float) * v_channels_);
   } else {
-    const float sum = total(load<Floats>(sums_ + row * kLanes));
+    const bool lacks = a_.k_mean && a_.masking.softcap == 0.0f && (a_.lse || sinks);
+    const float missing = lacks ? missing_from_scores(row) : 0.0f;
+    float top = top_[row], sum = total(load<Floats>(sums_ + row * kLanes)), keep = 1.0f, share = 1.0f;
+    if (sinks) {
+      const float logit = (sink - missing) * kLog2e;
+      top = logit > top ? logit : top;
+      keep = exp2f(top_[row] - top);
+      const float of_keys = sum * keep;
+      sum = of_keys + exp2f(logit - top + log2_range_);
+      share = of_keys / sum;
+    }
     // Errors of quantization must not take a mean of values past what they can be.
     const float largest = largest_finite(a_.v_mean ? DType::kF32 : a_.v.dtype);
-    const float inverse = (Recipe::kIntegerValues ? 1.0f / kInt8Range : 1.0f) / sum;
+    const float inverse = (Recipe::kIntegerValues ? 1.0f / kInt8Range : 1.0f) * keep / sum;
     for (int c = 0; c < v_channels_; c += kLanes) {
       const Floats mean_of_codes = load<Floats>(out_ + row * v_stride_ + c) * inverse;
-      const Floats mean = fma(mean_of_codes, load<Floats>(v_scales_ + c), load<Floats>(v_mean_ + c));
+      const Floats mean = fma(mean_of_codes, load<Floats>(v_scales_ + c), load<Floats>(v_mean_ + c) * share);
       const Floats not_above = mean > largest ? broadcast(largest) : mean;  // NaN stays
       store(values + c, not_above < -largest ? broadcast(-largest) : not_above);
     }
-    for (int64_t tile = 0; any_bad_values_ && tile * kKeyTile < visible_[row]; ++tile) {
+    for (int64_t tile = first_tile(); any_bad_values_ && tile < end_tile(); ++tile) {
       const uint64_t bad = a_.bad_values[kv_head_ * a_.tiles() + tile];
-      for (int key = 0; bad && key < visible(row, tile); ++key) {
-        if (!(bad >> key & 1)) continue;
+      for (int key = first(row, tile); bad && key < last(row, tile); ++key) {
+        if (!(bad >> key & 1) || (mask && closes(mask, b_, h_, n, tile * kKeyTile + key))) continue;
         for (int c = 0; c < v_channels_; ++c) {
           const float x = element(a_.v, b_, kv_h_, tile * kKeyTile + key, c);
           if (!is_finite(x)) values[c] += x;
         }
       }
     }
-    lse = (top_[row] + log2f(sum) - log2_range_) * kLn2;
-    if (a_.lse && a_.k_mean) {
-      alignas(64) float query[kRowFloats];
-      load_exact_query(row, query);
-      Floats products = {};
-      for (int c = 0; c < channels_; c += kLanes) {
-        products = fma(load<Floats>(query + c), load<Floats>(k_mean_ + c), products);
-      }
-      lse += a_.scale * total(products);
-    }
+    lse = (top + log2f(sum) - log2_range_) * kLn2 + missing;
   }
   store_row(a_.o, b_, h_, n, 0, v_channels_, values);
   if (a_.lse) *at<float>(a_.lse, b_, h_, n) = lse;

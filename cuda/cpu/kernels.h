@@ -18,7 +18,7 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // One attention call as its tasks see it. Views of what is absent have no data.
 struct Attention {
   Kernel kernel;
-  bool causal;
+  Masking masking;
   bool f16_accumulator;
   bool fast_exponential;
   float scale;

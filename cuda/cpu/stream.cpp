@@ -1,4 +1,5 @@
 // The CPU device's streams: a queue that one thread works off in order, so that calls return at once as on CUDA.
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -233,6 +234,16 @@ class CpuStream final : public Stream {
   void attention(const AttentionOp& op) override {
     enqueue_stages([op, space = workspace(op.plan.workspace_bytes)](StageClock& clock) {
       cpu::attention(op, space->memory.get(), cpu::Pool::shared(), [&](const char* name) { clock.begin(name); });
+    });
+  }
+
+  void attention_varlen(const std::vector<AttentionOp>& ops) override {
+    size_t bytes = 0;
+    for (const AttentionOp& op : ops) bytes = std::max(bytes, op.plan.workspace_bytes);
+    enqueue_stages([ops, space = workspace(bytes)](StageClock& clock) {
+      for (const AttentionOp& op : ops) {
+        cpu::attention(op, space->memory.get(), cpu::Pool::shared(), [&](const char* name) { clock.begin(name); });
+      }
     });
   }
 

@@ -218,6 +218,10 @@ class CudaStream final : public Stream {
     run_sage1(op, layout, memory, stages);
   }
 
+  void attention_varlen(const std::vector<AttentionOp>& ops) override {
+    for (const AttentionOp& op : ops) attention(op);
+  }
+
   void attention_quantized(const QuantizedAttentionOp& op) override {
     enter(device_);
     expect_sage1(op.plan);
