@@ -6,12 +6,18 @@
 
 namespace sage::cuda {
 
-extern template void launch_flash_for<64>(const AttentionParams&, DType, int64_t, cudaStream_t);
-extern template void launch_flash_for<128>(const AttentionParams&, DType, int64_t, cudaStream_t);
-extern template void launch_flash_for<256>(const AttentionParams&, DType, int64_t, cudaStream_t);
-extern template void launch_sage_for<64>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
-extern template void launch_sage_for<128>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
-extern template void launch_sage_for<256>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<64, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<64, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<128, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<128, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<256, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<256, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<64, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<64, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<128, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<128, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<256, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<256, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 
 namespace {
 
@@ -21,8 +27,6 @@ float largest_finite(DType dtype) {
   return dtype == DType::kF16 ? 65504.0f : dtype == DType::kBF16 ? 0x1.fep127f : 0x1.fffffep127f;
 }
 
-int64_t step_of(const View& view, int axis) { return view.shape[axis] > 1 ? view.stride[axis] : 0; }
-
 void set_masking(AttentionParams& params, const Masking& masking, const MaskTiles& tiles) {
   constexpr int64_t kFar = int64_t{1} << 40;
   params.offset = static_cast<int>(masking.offset);
@@ -31,12 +35,12 @@ void set_masking(AttentionParams& params, const Masking& masking, const MaskTile
   params.softcap = masking.softcap * kLog2e;
   if (masking.alibi) {
     params.alibi = f32(masking.alibi);
-    params.alibi_batch_stride = step_of(masking.alibi, 0);
-    params.alibi_head_stride = step_of(masking.alibi, 1);
+    params.alibi_batch_stride = masking.alibi.stride[0];
+    params.alibi_head_stride = masking.alibi.stride[1];
   }
   if (masking.sinks) {
     params.sinks = f32(masking.sinks);
-    params.sinks_stride = step_of(masking.sinks, 1);
+    params.sinks_stride = masking.sinks.stride[1];
   }
   if (const View& mask = masking.mask) {
     params.mask_tiles = reinterpret_cast<const uint8_t*>(tiles.tiles);
@@ -45,11 +49,7 @@ void set_masking(AttentionParams& params, const Masking& masking, const MaskTile
     params.mask_head_step = mask.heads() > 1 ? 1 : 0;
     params.mask_rows = static_cast<int>(mask.tokens());
     params.adds_mask = mask.dtype != DType::kBool;
-    params.mask.data = static_cast<const char*>(mask.data);
-    params.mask.batch_stride = step_of(mask, 0);
-    params.mask.head_stride = step_of(mask, 1);
-    params.mask.token_stride = step_of(mask, 2);
-    params.mask.channel_stride = step_of(mask, 3);
+    params.mask = make_rows(mask);
     params.mask_dtype = mask.dtype;
   }
   params.changes_open_tiles = masking.softcap > 0 || masking.alibi;
@@ -79,16 +79,27 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const V
   return params;
 }
 
+// Calls launch(head dimension, whether scores may be masked or changed).
+template <class Launch>
+void choose(const Masking& masking, const Plan& plan, Launch launch) {
+  const auto with = [&](auto general) {
+    switch (plan.padded_head_dim) {
+      case 64: return launch(std::integral_constant<int, 64>{}, general);
+      case 128: return launch(std::integral_constant<int, 128>{}, general);
+      default: return launch(std::integral_constant<int, 256>{}, general);
+    }
+  };
+  is_general(masking) ? with(std::true_type{}) : with(std::false_type{});
+}
+
 }  // namespace
 
 void launch_flash(const AttentionOp& op, const MaskTiles& tiles, cudaStream_t stream) {
   const AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, tiles, op.scale);
   const int64_t planes = op.q.batch() * op.q.heads();
-  switch (op.plan.padded_head_dim) {
-    case 64: return launch_flash_for<64>(params, op.q.dtype, planes, stream);
-    case 128: return launch_flash_for<128>(params, op.q.dtype, planes, stream);
-    default: return launch_flash_for<256>(params, op.q.dtype, planes, stream);
-  }
+  choose(op.masking, op.plan, [&](auto head_dim, auto general) {
+    launch_flash_for<decltype(head_dim)::value, decltype(general)::value>(params, op.q.dtype, planes, stream);
+  });
 }
 
 namespace {
@@ -96,9 +107,7 @@ namespace {
 // What P is rounded to, as bits of FP16 pairs; see round_codes.
 void set_probabilities(AttentionParams& params, const Plan& plan) {
   switch (plan.kernel) {
-    case Kernel::kSage1:
-      params.headroom = plan.f16_accumulator ? 0.0f : 8.0f;
-      return;
+    case Kernel::kSage1: params.headroom = plan.f16_accumulator ? 0.0f : 8.0f; return;
     case Kernel::kSage1Int8:
       params.log2_range = std::log2(kInt8Range);
       params.step_shift = 0x64006400u;  // whole numbers
@@ -148,11 +157,10 @@ void launch_sage(const SageOp& op, cudaStream_t stream) {
   const bool column_terms = has_column_terms(plan, static_cast<bool>(op.delta));
   const bool f16_accumulator = plan.f16_accumulator || plan.kernel == Kernel::kSage2PP;
   const int64_t planes = op.q.batch() * op.q.heads();
-  switch (plan.padded_head_dim) {
-    case 64: return launch_sage_for<64>(params, f16_accumulator, column_terms, planes, stream);
-    case 128: return launch_sage_for<128>(params, f16_accumulator, column_terms, planes, stream);
-    default: return launch_sage_for<256>(params, f16_accumulator, column_terms, planes, stream);
-  }
+  choose(op.masking, plan, [&](auto head_dim, auto general) {
+    constexpr bool kGeneral = decltype(general)::value;
+    launch_sage_for<decltype(head_dim)::value, kGeneral>(params, f16_accumulator, column_terms, planes, stream);
+  });
 }
 
 }  // namespace sage::cuda

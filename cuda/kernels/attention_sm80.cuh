@@ -81,7 +81,7 @@ struct AttentionParams {
 };
 
 template <int kHeadDim_, ptx::Operand kQK_, ptx::Operand kPV_, bool kF16Accumulator_ = false,
-          bool kColumnTerms_ = false, bool kFewRows = false>
+          bool kColumnTerms_ = false, bool kFewRows = false, bool kGeneral_ = false>
 struct AttentionConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ptx::Operand kQK = kQK_, kPV = kPV_;
@@ -89,9 +89,11 @@ struct AttentionConfig {
   // Scores may need more than one factor a row and tile (per-token or odd groups of keys, smoothed queries), and P may
   // be codes.
   static constexpr bool kColumnTerms = kColumnTerms_;
+  // There may be a mask, softcap, ALiBi or sinks; windows are for all.
+  static constexpr bool kGeneral = kGeneral_;
 
   static constexpr AttentionTuning kTuning =
-      attention_tuning(kHeadDim, kQK == ptx::Operand::kS8, kF16Accumulator, kFewRows);
+      attention_tuning(kHeadDim, kQK == ptx::Operand::kS8, kF16Accumulator, kFewRows, kColumnTerms || kGeneral);
   static constexpr int kRowTiles = kTuning.row_tiles, kThreads = 32 * kTuning.warps, kMinBlocks = kTuning.min_blocks;
   static constexpr int kBlockM = kTuning.block_q(), kBlockN = kTuning.block_k, kStages = kTuning.stages;
   static constexpr bool kQInRegisters = kTuning.q_in_registers;
@@ -106,7 +108,7 @@ struct AttentionConfig {
   // overflow.
   static constexpr float kShift = kPV == ptx::Operand::kBF16 ? 32.0f : 0.0f;
   static_assert(kQKRow >= 64, "the swizzle needs rows of at least 64 bytes");
-  static_assert(kBlockN == 64, "a word holds what a row sees of a tile");
+  static_assert(kBlockN == kMaskTileKeys, "tiles of masks are those of keys");
 };
 
 // ---- shared-memory tiles: 16-byte chunks XOR-swizzled by row, so that 8 rows of one chunk never share a bank ----
@@ -214,6 +216,12 @@ __device__ __forceinline__ float raw_score(const AttentionParams& p, int batch, 
            element_value(k + d * p.k_raw.channel_stride * bytes, p.raw_dtype);
   }
   return sum;
+}
+
+// The same number, of which the compiler knows nothing: what is made of it is not kept in registers from tile to tile.
+__device__ __forceinline__ int forgotten(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 template <class C>
@@ -425,9 +433,9 @@ __device__ __forceinline__ float soft_cap(float x, float cap, float inverse) {
 // Softcap, ALiBi and additive masks, on base-2 logits. lane_row: of row 0; each_score is that of the kernel.
 template <class EachScore>
 __device__ __forceinline__ void change_scores(const AttentionParams& p, EachScore each_score, int batch, int head,
-                                              int64_t plane, int lane_row, int key0) {
+                                              int lane_row, int key0) {
   if (p.row_shift != nullptr) {
-    const float* const shifts = p.row_shift + plane * p.q_tokens;
+    const float* const shifts = p.row_shift + (int64_t{batch} * p.q_heads + head) * p.q_tokens;
     each_score([&](float& x, int t, int half, int) {
       x += shifts[min(lane_row + t * 16 + half * 8, p.q_tokens - 1)] * kLog2e;
     });
@@ -445,12 +453,14 @@ __device__ __forceinline__ void change_scores(const AttentionParams& p, EachScor
     });
   }
   if (p.adds_mask) {
+    constexpr float kLargest = 0x1.fffffep127f;
     const int bytes = p.mask_dtype == DType::kF32 ? 4 : 2;
     const char* const mask = p.mask.data + (batch * p.mask.batch_stride + head * p.mask.head_stride) * bytes;
     each_score([&](float& x, int t, int half, int local) {
       const int64_t row = min(lane_row + t * 16 + half * 8, p.q_tokens - 1), key = min(key0 + local, p.k_tokens - 1);
       const int64_t index = row * p.mask.token_stride + key * p.mask.channel_stride;
-      x += kLog2e * element_value(mask + index * bytes, p.mask_dtype);
+      const float added = kLog2e * element_value(mask + index * bytes, p.mask_dtype);
+      x += added < -kLargest ? -kLargest : added;  // what hides a key is not added
     });
   }
 }
@@ -488,11 +498,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const int end = (clamp_key(min(last_row + p.last_key, p.k_tokens - int64_t{1})) + C::kBlockN) / C::kBlockN;
   const int open_begin = (max(clamp_key(last_row + p.first_key), 0) + C::kBlockN - 1) / C::kBlockN;
   const int open_end = clamp_key(row0 + p.last_key + 1) / C::kBlockN;
-  const int64_t mask_plane = static_cast<int64_t>(batch) * p.mask_batch_step + head * p.mask_head_step;
+  const int mask_plane = batch * p.mask_batch_step + head * p.mask_head_step;
   const uint8_t* const mask_tiles =
-      p.mask_tiles == nullptr
+      !C::kGeneral || p.mask_tiles == nullptr
           ? nullptr
-          : p.mask_tiles + (p.mask_rows > 1 ? mask_plane * p.q_blocks + q_block : mask_plane) * k_tiles;
+          : p.mask_tiles + (p.mask_rows > 1 ? int64_t{mask_plane} * p.q_blocks + q_block : mask_plane) * k_tiles;
   // The tile to visit after one; -1: none.
   const auto next_tile = [&](int tile) {
     do tile--;
@@ -519,18 +529,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 
   // Which keys of a tile row 16t + 8 * half of this lane sees, a bit each.
   const int lane_row = row0 + warp * kRowTiles * 16 + g;
-  constexpr int64_t kFar = (int64_t{1} << 31) - 256;
-  const int lane_first = static_cast<int>(min(max(lane_row + p.first_key, -kFar), kFar));
-  const int lane_last = static_cast<int>(min(max(lane_row + p.last_key, -kFar), kFar));
   const auto visible = [&](int tile, int t, int half) -> uint64_t {
-    const int key0 = tile * C::kBlockN, row = t * 16 + half * 8;
-    const int first = max(max(lane_first + row, 0) - key0, 0);
-    const int last = min(max(min(lane_last + row, p.k_tokens - 1), -1) - key0, C::kBlockN - 1);
+    const int key0 = tile * C::kBlockN, row = forgotten(lane_row) + t * 16 + half * 8;
+    const int first = max(clamp_key(row + p.first_key) - key0, 0);
+    const int last = min(min(clamp_key(row + p.last_key), p.k_tokens - 1) - key0, C::kBlockN - 1);
     if (first > last) return 0;
     uint64_t bits = ~uint64_t{0} << first & ~uint64_t{0} >> (C::kBlockN - 1 - last);
-    if (p.mask_bits != nullptr) {
-      const int mask_row = min(lane_row + row, p.mask_rows - 1);
-      bits &= p.mask_bits[(mask_plane * p.mask_rows + mask_row) * k_tiles + tile];
+    if (C::kGeneral && p.mask_bits != nullptr) {
+      const int64_t plane = forgotten(mask_plane);
+      bits &= p.mask_bits[(plane * p.mask_rows + min(row, p.mask_rows - 1)) * k_tiles + tile];
     }
     return bits;
   };
@@ -546,6 +553,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         const int known = min(lane_row + t * 16 + half * 8, p.q_tokens - 1);
         factor[t][half] *= p.q_scales[plane * p.q_groups + group_of(p.q_grouping, known, p.q_group_rows)];
         if (p.q_not_finite[plane * p.q_words + known / 32] >> known % 32 & 1) factor[t][half] = float_of(0x7fc00000u);
+      } else if (C::kGeneral && p.softcap > 0.0f) {  // it would make a number of infinity
+        constexpr DType kType = C::kQK == ptx::Operand::kF16 ? DType::kF16 : DType::kBF16;
+        const int64_t known = min(lane_row + t * 16 + half * 8, p.q_tokens - 1);
+        bool finite = true;
+#pragma unroll 1
+        for (int d = c; d < p.q.channels; d += 4)
+          finite &= is_finite(element_value(q_plane + (known * p.q.token_stride + d * p.q.channel_stride) * 2, kType));
+        if (__ballot_sync(~0u, !finite) >> g * 4 & 15) factor[t][half] = float_of(0x7fc00000u);
       }
     }
   }
@@ -567,11 +582,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       for (int e = 0; e < 4; e++) o[t][n][e] = 0.0f;
   }
 
-  const auto k_scale_of = [&](int tile) {
-    return kQuantized && tile >= 0 ? k_scales[tile * p.k_groups_a_tile] : 1.0f;
-  };
+  const auto k_scale_of = [&](int tile) { return kQuantized && tile >= 0 ? k_scales[tile * p.k_groups_a_tile] : 1.0f; };
   float next_k_scale = k_scale_of(tile);  // fetched one tile ahead
-  uint32_t seen = 0;  // rows that see a key, a bit each
+  uint32_t seen = 0;                      // rows that see a key, a bit each
   // The rows that were subtracted from this block's rows of Q, times all keys; rows of several only where not `one`.
   const bool one_delta = C::kColumnTerms && p.delta != nullptr && row0 / p.delta_rows == last_row / p.delta_rows;
   const auto delta_of = [&](int row) {
@@ -642,7 +655,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
           for (int t = 0; t < kRowTiles; t++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-              const int32_t x = __float_as_int(raw_score(p, batch, head, lane_row + t * 16 + half * 8, key0 + column));
+              const int row = forgotten(lane_row) + t * 16 + half * 8;
+              const int32_t x = __float_as_int(raw_score(p, forgotten(batch), forgotten(head), row, key0 + column));
 #pragma unroll
               for (int n = w * 4; n < w * 4 + 4; n++)
 #pragma unroll
@@ -714,9 +728,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       }
     }
     if constexpr (kMasked) {
-      if (p.changes_scores) {
+      if (C::kGeneral && p.changes_scores) {
         take_multiplier();
-        change_scores(p, each_score, batch, head, plane, lane_row, key0);
+        change_scores(p, each_score, forgotten(batch), forgotten(head), forgotten(lane_row), key0);
       }
 #pragma unroll
       for (int t = 0; t < kRowTiles; t++)
@@ -824,7 +838,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   };
   uint32_t bad = any_not_finite(tile), next_bad = any_not_finite(next);
   const auto is_open = [&] {
-    return tile >= open_begin && tile < open_end && bad == 0 && !p.changes_open_tiles &&
+    return tile >= open_begin && tile < open_end && bad == 0 && !(C::kGeneral && p.changes_open_tiles) &&
            (mask_tiles == nullptr || mask_tiles[tile] == static_cast<uint8_t>(TileState::kOpen));
   };
   const auto advance = [&] {
@@ -851,17 +865,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       const bool sees = seen >> (t * 2 + half) & 1;
       const float shift = C::kShift - (C::kColumnTerms ? p.log2_range : 0.0f);  // of sums
       const float row_shift = p.lse_shift != nullptr ? p.lse_shift[plane * p.q_tokens + row] : 0.0f;
-      float top = maximum[t][half], share = 1.0f;
-      if (p.sinks != nullptr) {  // a logit that counts in the denominator alone
-        const float sink = (p.sinks[head * p.sinks_stride] - row_shift) * kLog2e, higher = fmaxf(top, sink);
-        share = sees ? ptx::exp2_approx(top - higher) : 0.0f;
-        total = total * share + ptx::exp2_approx(sink - higher - shift);
-        top = higher;
+      float top = maximum[t][half], kept = 1.0f, share = 1.0f, unseen = -INFINITY;
+      if (C::kGeneral && p.sinks != nullptr) {  // a logit that counts in the denominator alone
+        unseen = p.sinks[head * p.sinks_stride];
+        const float sink = (unseen - row_shift) * kLog2e;
+        top = fmaxf(top, sink);
+        kept = ptx::exp2_approx(maximum[t][half] - top);
+        const float of_keys = total * kept;
+        total = of_keys + ptx::exp2_approx(sink - top - shift);
+        share = of_keys / total;
       }
-      const float inverse = share / total;
+      const float inverse = kept / total;
       if (p.lse != nullptr && c == 0) {
         const float lse = (top + (log2f(total) + shift)) * kLn2 + row_shift;
-        p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = sees ? lse : -INFINITY;
+        p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = sees ? lse : unseen;
       }
       const int64_t o_row = batch * p.o_stride[0] + head * p.o_stride[1] + row * p.o_stride[2];
 #pragma unroll
@@ -872,7 +889,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
           if (channel >= p.v_dim) continue;
           float value = o[t][n][2 * half + e] * inverse;
           if (p.v_scales != nullptr) value *= p.v_scales[kv_plane * p.v_dim + channel];
-          if (p.v_mean != nullptr) value += p.v_mean[kv_plane * p.v_dim + channel];
+          if (p.v_mean != nullptr) value += p.v_mean[kv_plane * p.v_dim + channel] * share;
           // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
           if (is_finite(value)) value = fminf(fmaxf(value, -p.largest), p.largest);
           store_element(p.o, p.out_dtype, o_row + channel * p.o_stride[3], sees ? value : 0.0f);
@@ -910,35 +927,40 @@ void launch_attention(AttentionParams params, int64_t planes, cudaStream_t strea
   }
 }
 
-// One head dimension a source file, so that they compile side by side.
-template <int kHeadDim>
+// One head dimension a source file, and another for masks, so that they compile side by side.
+template <int kHeadDim, bool kGeneral>
 void launch_flash_for(const AttentionParams& params, DType dtype, int64_t planes, cudaStream_t stream) {
   using ptx::Operand;
-  if (dtype == DType::kF16) {
-    launch_attention<AttentionConfig<kHeadDim, Operand::kF16, Operand::kF16>>(params, planes, stream);
-  } else {
-    launch_attention<AttentionConfig<kHeadDim, Operand::kBF16, Operand::kBF16>>(params, planes, stream);
-  }
+  const auto launch = [&](auto operand) {
+    constexpr Operand kOperand = decltype(operand)::value;
+    launch_attention<AttentionConfig<kHeadDim, kOperand, kOperand, false, false, false, kGeneral>>(params, planes,
+                                                                                                   stream);
+  };
+  if (dtype == DType::kF16) return launch(std::integral_constant<Operand, Operand::kF16>{});
+  launch(std::integral_constant<Operand, Operand::kBF16>{});
 }
 
-template <int kHeadDim>
+template <int kHeadDim, bool kGeneral>
 void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool column_terms, int64_t planes,
                      cudaStream_t stream) {
   using ptx::Operand;
   const auto launch = [&](auto accumulator, auto terms, auto few_rows) {
     launch_attention<AttentionConfig<kHeadDim, Operand::kS8, Operand::kF16, decltype(accumulator)::value,
-                                     decltype(terms)::value, decltype(few_rows)::value>>(params, planes, stream);
+                                     decltype(terms)::value, decltype(few_rows)::value, kGeneral>>(params, planes,
+                                                                                                   stream);
   };
   constexpr std::true_type kYes;
   constexpr std::false_type kNo;
-  if (column_terms) return f16_accumulator ? launch(kYes, kYes, kYes) : launch(kNo, kYes, kYes);
-  if (f16_accumulator) return launch(kYes, kNo, kYes);
-  constexpr bool kHasChoice = attention_tuning(kHeadDim, true, false, true).row_tiles !=
-                              attention_tuning(kHeadDim, true, false, false).row_tiles;
-  if constexpr (kHasChoice) {
-    if (!few_rows_pay(column_terms, params.k_tokens)) return launch(kNo, kNo, kNo);
+  if (kGeneral || column_terms) return f16_accumulator ? launch(kYes, kYes, kYes) : launch(kNo, kYes, kYes);
+  if constexpr (!kGeneral) {
+    if (f16_accumulator) return launch(kYes, kNo, kYes);
+    constexpr bool kHasChoice = attention_tuning(kHeadDim, true, false, true, false).row_tiles !=
+                                attention_tuning(kHeadDim, true, false, false, false).row_tiles;
+    if constexpr (kHasChoice) {
+      if (!few_rows_pay(column_terms, params.k_tokens)) return launch(kNo, kNo, kNo);
+    }
+    launch(kNo, kNo, kYes);
   }
-  launch(kNo, kNo, kYes);
 }
 
 }  // namespace sage::cuda

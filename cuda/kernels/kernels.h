@@ -29,14 +29,17 @@ void launch_dequantize(const QuantizeOp& op, cudaStream_t stream);
 void launch_find_not_finite(const View& codes, uint32_t* not_finite, cudaStream_t stream);
 
 // ---- values.cu: V as the FP16 P.V product takes it --------------------------------------------------------
-// v16 [B, H, N, >= Dv] = (v - mean) / scale, scale a power of two per channel with |v16| <= largest; values that
-// are not finite stay so. Padding channels are written as 0. `mean` may be absent.
+// v16 [B, H, N, >= Dv] = (v - mean) / scale, with a scale per channel; values that are not finite stay so. Padding
+// channels are written as 0. `mean` may be absent. kF16: scales are powers of two, with |v16| <= range; kI8, kE4M3:
+// v16 is a code of that type, the largest magnitude's is `range`.
 size_t values_scratch_bytes(const View& v);
-void launch_values(const View& v, const View& mean, float largest, const View& v16, const View& scales, void* scratch,
-                   cudaStream_t stream);
+void launch_values(const View& v, const View& mean, DType codes, float range, const View& v16, const View& scales,
+                   void* scratch, cudaStream_t stream);
 
 // ---- masks.cu: which tiles of a mask need to be looked at -------------------------------------------------
 enum class TileState : uint8_t { kClosed, kOpen, kAdds, kHides };  // kAdds: numbers, but all keys are visible
+
+constexpr int kMaskTileKeys = 64;
 
 struct MaskTiles {
   TileState* tiles;  // [B or 1, Hq or 1, ceil(Nq / block_q) or 1, ceil(Nk / 64)]; null: no mask
@@ -83,7 +86,8 @@ struct ProductOperand {
 void launch_row_products(const ProductOperand& rows, const ProductOperand& columns, float factor, const View& out,
                          cudaStream_t stream);
 
-// ---- pack.cu: f32 or INT8, copied; rows and channels of `to` beyond those of `from` are zeros -----------------
+// ---- pack.cu: f32 or INT8, copied; INT4 as INT8; INT8 or FP8 codes as the FP16 numbers that they are -----------
+// Rows and channels of `to` beyond those of `from` are zeros.
 void launch_pack(const View& from, const View& to, cudaStream_t stream);
 
 }  // namespace sage::cuda
