@@ -56,6 +56,7 @@ export {
   UnsupportedError,
 } from "./lib/errors.ts";
 export { type BuildInfo, buildInfo } from "./lib/library.ts";
+export { alibiSlopes, type MaskOptions, type MaskTensors } from "./lib/masks.ts";
 export { cosine, relativeL1, rmse } from "./lib/metrics.ts";
 export type {
   AttentionOptions,
@@ -90,3 +91,4 @@ export {
   type TensorOptions,
   type ViewRanges,
 } from "./lib/tensor.ts";
+export { attentionVarlen, type AttentionVarlenOptions, type SequenceStarts } from "./lib/varlen.ts";

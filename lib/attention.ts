@@ -8,12 +8,14 @@ import {
   exponentialNumbers,
   granularityNumbers,
   kernelNumbers,
+  type NativeFunctions,
   planStruct,
   rangeNumbers,
   Struct,
   tensorBytes,
 } from "./ffi.ts";
 import { errorBytes, errorSize, unwrap } from "./library.ts";
+import { checkMaskTensors, writeMaskTensors } from "./masks.ts";
 import {
   type AttentionOptions,
   checkAttentionOptions,
@@ -44,8 +46,13 @@ export interface AttentionWithLse<O extends DType = FloatDType> extends Disposab
   /** [B, Hq, Nq, Dv] */
   out: Tensor<O>;
   /**
-   * [B, Hq, Nq, 1], in the layout of `q`: the natural logarithm of softmax's denominator, ln Σⱼ exp(scale·q·kⱼ);
-   * −∞ for a row that sees no key. With it, results over parts of the keys can be merged.
+   * [B, Hq, Nq, 1], in the layout of `q`: the natural logarithm of softmax's denominator, ln Σⱼ exp(scale·q·kⱼ), of
+   * the scores after masks and caps and with the sink; −∞ for a row that sees no key and has none.
+   *
+   * With it, results over parts of the keys can be merged: the whole is Σₚ outₚ·exp(lseₚ − lse), where
+   * lse = ln Σₚ exp(lseₚ). For kernel `"flash"` that is exact but for the rounding of FP32. A quantized kernel
+   * gives the logarithm of the denominator that it used, of quantized scores: the merged output is as far from exact
+   * attention as that of one call, no further.
    */
   lse: Tensor<"f32">;
 }
@@ -158,6 +165,7 @@ function writeCall(
   call.reset();
   call.setHandle(attentionStruct.stream, stream.handle);
   writeOptions(call, attentionStruct.options, options);
+  writeMaskTensors(call, action, stream, options);
   call.setStruct(attentionStruct.q, q);
   call.setStruct(attentionStruct.k, k);
   call.setStruct(attentionStruct.v, v);
@@ -172,13 +180,22 @@ function checkDTypes(action: string, q: DType, k: DType, v: DType): void {
   }
 }
 
-function run(
-  name: "sage_attention" | "sage_flash_attention",
+/** What kinds of attention on floating-point tensors differ in. */
+interface Entry {
+  /** Refuses what does not fit to shapes in the order [batch, heads, tokens, channels]. */
+  check?(q: Shape, k: Shape): void;
+  /** Passes a sage_attention_call; returns the status. */
+  enqueue(native: NativeFunctions, call: Uint8Array<ArrayBuffer>): number;
+}
+
+/** Checks a call, makes its results and enqueues it. */
+export function runAttention(
   known: readonly string[],
   q: Tensor,
   k: Tensor,
   v: Tensor,
   options: AttentionOptions & LseOption,
+  { check, enqueue }: Entry,
 ): Tensor<FloatDType> | AttentionWithLse {
   checkAttentionOptions(action, options, known);
   const { storage: { stream }, geometry, bytes } = interiorOf(action, "q", q);
@@ -186,6 +203,8 @@ function run(
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   const [batch, heads, tokens] = geometry.shape;
   checkShapes(action, geometry.shape, kInside.geometry.shape, vInside.geometry.shape);
+  check?.(geometry.shape, kInside.geometry.shape);
+  checkMaskTensors(action, stream, geometry.shape, kInside.geometry.shape, options);
   const results = makeResults(
     action,
     q.device,
@@ -201,7 +220,7 @@ function run(
     if (results.lse) {
       call.setStruct(attentionStruct.lse, interiorOf(action, "lse", results.lse).bytes);
     }
-    unwrap(stream.native[name](call.bytes, errorBytes, errorSize));
+    unwrap(enqueue(stream.native, call.bytes));
   } catch (error) {
     results[Symbol.dispose]();
     throw error;
@@ -270,7 +289,9 @@ export function attention(
   v: Tensor,
   options: AttentionOptions & LseOption = {},
 ): Tensor<FloatDType> | AttentionWithLse {
-  return run("sage_attention", optionNames.attention, q, k, v, options);
+  return runAttention(optionNames.attention, q, k, v, options, {
+    enqueue: (native, call) => native.sage_attention(call, errorBytes, errorSize),
+  });
 }
 
 /**
@@ -282,7 +303,7 @@ export function attention(
  * @param q Queries, [B, Hq, Nq, D].
  * @param k Keys, [B, Hkv, Nk, D].
  * @param v Values, [B, Hkv, Nk, Dv].
- * @param options Mask, scale and output.
+ * @param options Masks, scale and output.
  * @returns The output, [B, Hq, Nq, Dv], in the layout and element type of `q`; with `returnLse`, also the
  * log-sum-exp.
  * @throws {TypeError | RangeError} Where tensors do not fit together, or an option is unknown or out of range.
@@ -322,7 +343,9 @@ export function flashAttention(
   v: Tensor,
   options: FlashAttentionOptions & LseOption = {},
 ): Tensor<FloatDType> | AttentionWithLse {
-  return run("sage_flash_attention", optionNames.flash, q, k, v, options);
+  return runAttention(optionNames.flash, q, k, v, options, {
+    enqueue: (native, call) => native.sage_flash_attention(call, errorBytes, errorSize),
+  });
 }
 
 // ---- explain ------------------------------------------------------------------------------------------
@@ -418,6 +441,7 @@ export function explain(
   );
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
   checkShapes(action, qSpec.geometry.shape, kSpec.geometry.shape, vSpec.geometry.shape);
+  checkMaskTensors(action, stream, qSpec.geometry.shape, kSpec.geometry.shape, rest);
   const [batch, heads, tokens] = qSpec.geometry.shape;
   const outShape: Shape = [batch, heads, tokens, vSpec.geometry.shape[3]];
   checkOut(action, stream, outShape, rest);

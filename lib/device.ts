@@ -268,7 +268,7 @@ export class Device {
    *
    * @param data The elements, in the order of the layout. It may be changed or dropped on return; an array on a
    * `SharedArrayBuffer` is copied first, as it stands. A `Uint16Array` needs `dtype: "bf16"` (or `"f16"`, as bits),
-   * a `Uint8Array` `"i4"` or `"e4m3"`; other arrays say it themselves.
+   * a `Uint8Array` `"i4"`, `"e4m3"` or `"bool"`; other arrays say it themselves.
    * @param shape Lengths of the dimensions: [batch, heads, tokens, channels], or with layout `"NHD"`
    * [batch, tokens, heads, channels].
    * @param options Element type and layout.
@@ -295,8 +295,8 @@ export class Device {
   ): Tensor<D>;
   /** From INT8 codes. */
   tensor(data: Int8Array, shape: readonly number[], options?: TensorOptions<"i8">): Tensor<"i8">;
-  /** From INT4 or FP8 codes. */
-  tensor<D extends "i4" | "e4m3">(
+  /** From INT4 or FP8 codes, or the truths of a mask. */
+  tensor<D extends "i4" | "e4m3" | "bool">(
     data: Uint8Array,
     shape: readonly number[],
     options: TensorOptions<D> & { dtype: D },

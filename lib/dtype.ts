@@ -12,8 +12,9 @@ import { cannot, checkOneOf } from "./check.ts";
  * | `i8` | codes in [-127, 127]; -128 marks a value that was not finite | `Int8Array` |
  * | `i4` | codes in [-7, 7], two a byte, the even channel low; -8 marks a value that was not finite | `Uint8Array` |
  * | `e4m3` | FP8 e4m3fn, as bits; 0x7f and 0xff are NaN | `Uint8Array` |
+ * | `bool` | 0 for false, anything else for true: masks | `Uint8Array` |
  */
-export type DType = "f32" | "f16" | "bf16" | "i8" | "i4" | "e4m3";
+export type DType = "f32" | "f16" | "bf16" | "i8" | "i4" | "e4m3" | "bool";
 
 /** The element types that attention takes and returns. */
 export type FloatDType = "f32" | "f16" | "bf16";
@@ -35,6 +36,8 @@ export interface DTypeArrays {
   i4: Uint8Array<ArrayBuffer>;
   /** The bits of FP8 e4m3fn. */
   e4m3: Uint8Array<ArrayBuffer>;
+  /** One byte a truth. */
+  bool: Uint8Array<ArrayBuffer>;
 }
 
 /** The typed arrays that a tensor can be made from. */
@@ -59,6 +62,7 @@ const facts: Record<DType, DTypeFacts> = {
   i8: { bits: 8, array: Int8Array },
   i4: { bits: 4, array: Uint8Array },
   e4m3: { bits: 8, array: Uint8Array },
+  bool: { bits: 8, array: Uint8Array },
 };
 
 /** Every dtype. */
@@ -123,6 +127,7 @@ function roundHalfEven(value: number): number {
  * The values of a typed array as single-precision numbers.
  *
  * Codes become their code value, and the codes that mark what was not finite become NaN; scales are not applied.
+ * `bool` becomes 0 and 1.
  * An `i4` byte gives two values, so an odd number of channels keeps its padding.
  *
  * @param data What `tensor.data()` returned, or an array of that kind.
@@ -159,6 +164,8 @@ export function toFloat32(data: TensorData, dtype: DType): Float32Array<ArrayBuf
     }
     case "e4m3":
       return Float32Array.from(data, fromE4m3);
+    case "bool":
+      return Float32Array.from(data, (byte) => byte === 0 ? 0 : 1);
   }
 }
 

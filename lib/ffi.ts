@@ -33,6 +33,10 @@ const functions = {
   sage_quantize: { parameters: ["buffer", ...error], result: "i32" },
   sage_dequantize: { parameters: ["buffer", ...error], result: "i32" },
   sage_attention: { parameters: ["buffer", ...error], result: "i32" },
+  sage_attention_varlen: {
+    parameters: ["buffer", "buffer", "buffer", "u64", ...error],
+    result: "i32",
+  },
   sage_attention_quantized: { parameters: ["buffer", ...error], result: "i32" },
   sage_flash_attention: { parameters: ["buffer", ...error], result: "i32" },
   sage_explain: { parameters: ["buffer", "buffer", ...error], result: "i32" },
@@ -137,6 +141,7 @@ export const dtypeNumbers: Record<DType, number> = {
   i8: 3,
   i4: 4,
   e4m3: 5,
+  bool: 6,
 };
 
 /** Kernels by their public name. */
@@ -164,6 +169,9 @@ export const exponentialNumbers = { exact: 1, fast: 2 } as const;
 
 /** What P is narrowed to; 0 is the default. */
 export const rangeNumbers = { 448: 1, 224: 2, 112: 3 } as const;
+
+/** Where the diagonal lies. */
+export const alignmentNumbers = { "bottom-right": 0, "top-left": 1 } as const;
 
 /** Smoothing switches: default, off, on. */
 export function switchNumber(value: boolean | undefined): number {
@@ -353,6 +361,11 @@ export class Struct {
   /** Writes an i32 or u32. */
   setInt(offset: number, value: number): void {
     this.view.setUint32(offset, value, true);
+  }
+
+  /** Writes an i64. */
+  setLong(offset: number, value: number): void {
+    this.view.setBigInt64(offset, BigInt(value), true);
   }
 
   /** Writes a float. */

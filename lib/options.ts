@@ -11,6 +11,14 @@ import {
   type Struct,
   switchNumber,
 } from "./ffi.ts";
+import {
+  checkMaskOptions,
+  maskNames,
+  type MaskOptions,
+  maskTensorNames,
+  type MaskTensors,
+  writeMaskOptions,
+} from "./masks.ts";
 import type { Tensor } from "./tensor.ts";
 
 /**
@@ -48,12 +56,8 @@ export type Kernel =
 export type Granularity = "token" | "block" | "warp" | "thread" | "channel";
 
 /** Options of {@linkcode flashAttention}, and the ones that every kind of attention has. */
-export interface FlashAttentionOptions<O extends FloatDType = FloatDType> {
-  /**
-   * Whether query i sees only keys j ≤ i + Nk − Nq: the mask is aligned to the bottom right, so that the last query
-   * sees every key. A row that sees none gives zeros and a log-sum-exp of −∞. Default: `false`.
-   */
-  causal?: boolean;
+export interface FlashAttentionOptions<O extends FloatDType = FloatDType>
+  extends MaskOptions, MaskTensors {
   /** What Q·Kᵀ is multiplied with before softmax. Default: 1 / √D. */
   scale?: number;
   /** Where to write the output: [B, Hq, Nq, Dv] in any layout; returned instead of a new tensor. */
@@ -70,7 +74,7 @@ export interface LseOption<T extends boolean = boolean> {
 
 /** Options of {@linkcode attentionQuantized}. */
 export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
-  extends FlashAttentionOptions<O> {
+  extends Omit<FlashAttentionOptions<O>, keyof MaskTensors> {
   /** How to compute. Default: the kernel whose operands these are. */
   kernel?: Exclude<Kernel, "auto" | "flash">;
   /** What sums P·V within a tile of keys; only for kernel `"sage1"`. Default: `"f32"`. */
@@ -91,7 +95,7 @@ export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
 
 /** Options of {@linkcode attention}. */
 export interface AttentionOptions<O extends FloatDType = FloatDType>
-  extends Omit<AttentionQuantizedOptions<O>, "kernel"> {
+  extends Omit<AttentionQuantizedOptions<O>, "kernel">, MaskTensors {
   /** How to compute. Default: `"auto"`. */
   kernel?: Kernel;
   /** Which rows of Q and K share a scale. Default: `"block"` for `sage1` and `sage1-int8`, else `"thread"`. */
@@ -104,9 +108,11 @@ export interface AttentionOptions<O extends FloatDType = FloatDType>
   smoothV?: boolean;
 }
 
-const flashNames = ["causal", "scale", "out", "outDtype", "returnLse"];
-const quantizedNames = [...flashNames, "kernel", "pvAccumulator", "pvRange", "exponential"];
-const attentionNames = [...quantizedNames, "granularity", "smoothQ", "smoothK", "smoothV"];
+const commonNames = [...maskNames, "scale", "out", "outDtype", "returnLse"];
+const flashNames = [...commonNames, ...maskTensorNames];
+const quantizedNames = [...commonNames, "kernel", "pvAccumulator", "pvRange", "exponential"];
+const smoothNames = ["granularity", "smoothQ", "smoothK", "smoothV"];
+const attentionNames = [...quantizedNames, ...maskTensorNames, ...smoothNames];
 
 /** The options that each function knows. */
 export const optionNames = {
@@ -130,6 +136,7 @@ export function checkAttentionOptions(
 ): void {
   checkOptions(action, options, known);
   checkBoolean(action, "causal", options.causal);
+  checkMaskOptions(action, options);
   checkBoolean(action, "returnLse", options.returnLse);
   checkBoolean(action, "smoothQ", options.smoothQ);
   checkBoolean(action, "smoothK", options.smoothK);
@@ -186,7 +193,7 @@ function checkUnquantized(action: string, options: AttentionOptions): void {
 export function writeOptions(call: Struct, at: number, options: AttentionOptions): void {
   const { kernel, granularity, pvAccumulator, pvRange, exponential, scale } = options;
   if (kernel) call.setInt(at + optionsStruct.kernel, kernelNumbers[kernel]);
-  if (options.causal) call.setInt(at + optionsStruct.causal, 1);
+  writeMaskOptions(call, at, options);
   if (scale) call.setFloat(at + optionsStruct.scale, scale);
   if (granularity) call.setInt(at + optionsStruct.granularity, granularityNumbers[granularity]);
   call.setInt(at + optionsStruct.smoothQ, switchNumber(options.smoothQ));

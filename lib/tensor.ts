@@ -364,7 +364,9 @@ export function dtypeOfArray(action: string, data: TensorData, dtype: DType | un
   if (data instanceof Float16Array) return "f16";
   if (data instanceof Int8Array) return "i8";
   if (data as unknown instanceof Uint16Array || data as unknown instanceof Uint8Array) {
-    const choices = data as unknown instanceof Uint16Array ? `"bf16" or "f16"` : `"i4" or "e4m3"`;
+    const choices = data as unknown instanceof Uint16Array
+      ? `"bf16" or "f16"`
+      : `"i4", "e4m3" or "bool"`;
     throw new TypeError(cannot(action, `dtype for ${show(data)}`, `be given as ${choices}`, dtype));
   }
   throw new TypeError(

@@ -45,20 +45,36 @@ static uint16_t to_f16(float x) {
   return (uint16_t)((x < 0 ? 0x8000u : 0u) | (uint32_t)(exponent + 14) << 10 | mantissa);
 }
 
-static void reference(int causal, double scale) {
-  static double score[NK];
+/* What a call masks, on the host. */
+typedef struct masks {
+  const uint8_t *mask; /* [NQ, NK], or 0 */
+  const float *sinks;  /* [HQ], or 0 */
+  const float *alibi;
+} masks;
+
+static void reference(const sage_attention_options *options, const masks *masks, double scale) {
+  static double weight[NK];
+  const int offset = options->alignment == SAGE_ALIGN_TOP_LEFT ? 0 : NK - NQ;
   for (int row = 0; row < B * HQ * NQ; ++row) {
-    const int i = row % NQ, kv = row / NQ / HQ * HKV + row / NQ % HQ / (HQ / HKV);
-    const int keys = causal ? i + NK - NQ + 1 : NK;
-    double sum = 0;
-    for (int j = 0; j < keys; ++j) {
+    const int i = row % NQ, h = row / NQ % HQ, kv = row / NQ / HQ * HKV + h / (HQ / HKV);
+    double sum = masks->sinks ? exp(masks->sinks[h]) : 0;
+    for (int j = 0; j < NK; ++j) {
+      const int ahead = j - i - offset;
       double dot = 0;
       for (int d = 0; d < D; ++d) dot += (double)q[row * D + d] * k[(kv * NK + j) * D + d];
-      sum += score[j] = exp(dot * scale);
+      dot *= scale;
+      if (options->softcap != 0) dot = options->softcap * tanh(dot / options->softcap);
+      if (masks->alibi) dot -= masks->alibi[h] * abs(ahead);
+      weight[j] = exp(dot);
+      if (options->causal && ahead > 0) weight[j] = 0;
+      if (options->windowed && options->window_before >= 0 && -ahead > options->window_before) weight[j] = 0;
+      if (options->windowed && options->window_after >= 0 && ahead > options->window_after) weight[j] = 0;
+      if (masks->mask && !masks->mask[i * NK + j]) weight[j] = 0;
+      sum += weight[j];
     }
     for (int d = 0; d < DV; ++d) {
       double value = 0;
-      for (int j = 0; j < keys; ++j) value += score[j] * v[(kv * NK + j) * DV + d];
+      for (int j = 0; j < NK; ++j) value += weight[j] * v[(kv * NK + j) * DV + d];
       want_o[row * DV + d] = (float)(value / sum);
     }
     want_lse[row] = (float)log(sum);
@@ -136,7 +152,8 @@ static void run_kernel(sage_attention_call *call, int32_t kernel, double bound) 
     CHECK(error[0] == 0);
     OK(sage_memory_read(call->stream, o, call->o.data, sizeof o, E));
     OK(sage_memory_read(call->stream, lse, call->lse.data, sizeof lse, E));
-    reference(causal, call->options.scale == 0 ? 1 / sqrt(D) : call->options.scale);
+    const masks none = {0, 0, 0};
+    reference(&call->options, &none, call->options.scale == 0 ? 1 / sqrt(D) : call->options.scale);
     const double worse = relative_l1(o, want_o, O_COUNT), lse_worse = relative_l1(lse, want_lse, LSE_COUNT);
     printf("device %d, %s, kernel %d%s: relative L1 %.2e, of lse %.2e\n", call->o.device, plan.implementation, kernel,
            causal ? ", causal" : "", worse, lse_worse);
@@ -279,7 +296,8 @@ static void run_parts(int32_t device) {
   OK(sage_attention_quantized(&call, E));
   OK(sage_memory_read(stream, o, call.o.data, sizeof o, E));
   OK(sage_memory_read(stream, lse, call.lse.data, sizeof lse, E));
-  reference(0, 1 / sqrt(D));
+  const masks none = {0, 0, 0};
+  reference(&call.options, &none, 1 / sqrt(D));
   CHECK(relative_l1(o, want_o, O_COUNT) < 2e-2);
   CHECK(relative_l1(lse, want_lse, LSE_COUNT) < 2e-2);
 
@@ -291,6 +309,148 @@ static void run_parts(int32_t device) {
           "k_scales.shape[2] must equal the number of groups (3): current value is 4.");
   OK(sage_memory_free(stream, scratch, E));
   discard(&whole);
+  OK(sage_stream_destroy(stream, E));
+}
+
+/* ---- masks, and sequences of different lengths -------------------------------------------------------- */
+
+static void expect_masked(sage_attention_call *call, const masks *masks, const char *what) {
+  static const int32_t kernels[] = {SAGE_KERNEL_FLASH, SAGE_KERNEL_SAGE1, SAGE_KERNEL_SAGE2};
+  for (int i = 0; i < 3; ++i) {
+    call->options.kernel = kernels[i];
+    OK(sage_memory_fill(call->stream, call->o.data, 0xff, sizeof o, E));
+    const sage_status status = sage_attention(call, E);
+    if (status == SAGE_UNSUPPORTED && call->o.device != SAGE_CPU) continue;
+    CHECK(status == SAGE_OK);
+    OK(sage_memory_read(call->stream, o, call->o.data, sizeof o, E));
+    OK(sage_memory_read(call->stream, lse, call->lse.data, sizeof lse, E));
+    reference(&call->options, masks, 1 / sqrt(D));
+    const double worse = relative_l1(o, want_o, O_COUNT), lse_worse = relative_l1(lse, want_lse, LSE_COUNT);
+    printf("device %d, kernel %d, %s: relative L1 %.2e, of lse %.2e\n", call->o.device, kernels[i], what, worse,
+           lse_worse);
+    CHECK(worse < (i == 0 ? 1e-3 : 6e-2) && lse_worse < (i == 0 ? 1e-3 : 6e-2));
+  }
+}
+
+static void run_masks(int32_t device) {
+  uint64_t stream = 0, scratch = 0;
+  OK(sage_stream_create(device, &stream, E));
+  const sage_attention_call plain = prepare(device, stream, 1);
+  sage_attention_call call = plain;
+  static uint8_t visible[NQ * NK];
+  for (int i = 0; i < NQ * NK; ++i) visible[i] = (uint8_t)(i % 3 ? 200 : i % NK == 0);
+  const float sinks[HQ] = {0.5f, -2, 3, 0}, slopes[HQ] = {0.5f, 0.25f, 0.125f, 0};
+  OK(sage_memory_allocate(stream, sizeof visible + 256, &scratch, E));
+  OK(sage_memory_write(stream, scratch, sinks, sizeof sinks, E));
+  OK(sage_memory_write(stream, scratch + 64, slopes, sizeof slopes, E));
+  OK(sage_memory_write(stream, scratch + 256, visible, sizeof visible, E));
+  const masks some = {visible, sinks, slopes}, none = {0, 0, 0};
+  call.mask = tensor(scratch + 256, SAGE_BOOL, device, 1, 1, NQ, NK);
+  call.sinks = tensor(scratch, SAGE_F32, device, 1, HQ, 1, 1);
+  call.alibi = tensor(scratch + 64, SAGE_F32, device, 1, HQ, 1, 1);
+  expect_masked(&call, &some, "mask, sinks and ALiBi");
+  call.options.softcap = 1.5f;
+  call.options.causal = 1;
+  call.options.alignment = SAGE_ALIGN_TOP_LEFT;
+  expect_masked(&call, &some, "the same, capped and causal from the top left");
+  call = plain;
+  call.options.windowed = 1;
+  call.options.window_before = 9;
+  call.options.window_after = -1;
+  expect_masked(&call, &none, "a window");
+  call.options.window_after = 2;
+  expect_masked(&call, &none, "a smaller window");
+
+  call.options.kernel = SAGE_KERNEL_FLASH;
+  call.mask = tensor(scratch + 256, SAGE_BOOL, device, 1, 1, NQ, NK);
+#define BAD_MASK(change, words)                                       \
+  do {                                                                \
+    sage_attention_call bad = call;                                   \
+    (void)(change);                                                   \
+    REFUSED(sage_attention(&bad, E), SAGE_INVALID_ARGUMENT, (words)); \
+  } while (0)
+  BAD_MASK(bad.options.alignment = 2,
+           "options.alignment must be bottom-right (0) or top-left (1): current value is 2.");
+  BAD_MASK(bad.options.windowed = 2, "options.windowed must be 0 or 1: current value is 2.");
+  BAD_MASK(bad.options.window_before = -2,
+           "options.window_before must be at least 0, or -1 for no limit: current value is -2.");
+  BAD_MASK(bad.options.window_after = -9, "options.window_after must be at least 0, or -1 for no limit");
+  BAD_MASK(bad.options.windowed = 0,
+           "options.window_before must be 0 where options.windowed is 0: current value is 9.");
+  BAD_MASK(bad.options.causal = 1,
+           "options.window_after must be 0 or -1 where options.causal is 1: current value is 2.");
+  BAD_MASK(bad.options.softcap = -1, "options.softcap must be positive and finite, or 0 for none");
+  BAD_MASK(bad.options.softcap = NAN, "options.softcap must be positive and finite, or 0 for none");
+  BAD_MASK(bad.options.softcap = INFINITY, "options.softcap must be positive and finite, or 0 for none");
+  BAD_MASK(bad.mask.dtype = SAGE_I8, "mask.dtype must be bool (6), f32 (0), f16 (1) or bf16 (2): current value is i8.");
+  BAD_MASK(bad.mask.shape[0] = 3, "mask.shape[0] must be 1 or equal q.shape[0] (2): current value is 3.");
+  BAD_MASK(bad.mask.shape[1] = 3, "mask.shape[1] must be 1 or equal q.shape[1] (4): current value is 3.");
+  BAD_MASK(bad.mask.shape[2] = 69, "mask.shape[2] must be 1 or equal q.shape[2] (70): current value is 69.");
+  BAD_MASK(bad.mask.shape[3] = 1, "mask.shape[3] must equal k.shape[2] (130): current value is 1.");
+  if (sage_attention(&call, E) != SAGE_UNSUPPORTED || device == SAGE_CPU) {
+    BAD_MASK(bad.mask.dtype = SAGE_F32, "mask.data must be followed by");
+    BAD_MASK(bad.mask.data = 64, "outside every allocation");
+    BAD_MASK(bad.mask.data = bad.o.data, "o must not overlap mask");
+  }
+  BAD_MASK((bad.sinks = bad.q), "sinks.dtype must be f32 (0): current value is f16.");
+  BAD_MASK((bad.sinks = bad.lse, bad.sinks.data = scratch), "sinks.shape[0] must equal one sink a head (1)");
+  BAD_MASK((bad.alibi = bad.lse, bad.alibi.data = scratch), "alibi.shape[2] must equal one slope a head (1)");
+  OK(sage_memory_free(stream, scratch, E));
+  discard(&plain);
+  OK(sage_stream_destroy(stream, E));
+}
+
+/* The whole as one sequence, then every sequence as attention on its part. */
+static void run_varlen(int32_t device) {
+  static float part[HQ * 30 * DV];
+  uint64_t stream = 0;
+  OK(sage_stream_create(device, &stream, E));
+  const sage_attention_call both = prepare(device, stream, 1);
+  sage_attention_call call = both;
+  call.q.shape[0] = call.k.shape[0] = call.v.shape[0] = call.o.shape[0] = call.lse.shape[0] = 1;
+  call.options.kernel = SAGE_KERNEL_SAGE1;
+  const int64_t q_starts[] = {0, 40, 40, NQ}, k_starts[] = {0, 100, 100, NK}, all_q[] = {0, NQ}, all_k[] = {0, NK};
+  OK(sage_attention(&call, E));
+  OK(sage_memory_read(stream, want_o, call.o.data, sizeof o / 2, E));
+  OK(sage_memory_fill(stream, call.o.data, 0xff, sizeof o, E));
+  OK(sage_attention_varlen(&call, all_q, all_k, 1, E));
+  OK(sage_memory_read(stream, o, call.o.data, sizeof o / 2, E));
+  CHECK(!memcmp(o, want_o, sizeof o / 2));
+
+  OK(sage_memory_fill(stream, call.o.data, 0xff, sizeof o, E));
+  OK(sage_attention_varlen(&call, q_starts, k_starts, 3, E));
+  OK(sage_memory_read(stream, o, call.o.data, sizeof o / 2, E));
+  sage_attention_call last = call;
+  last.q.data += 40 * D * 2;
+  last.k.data += 100 * D * 2;
+  last.v.data += 100 * DV * 2;
+  last.q.shape[2] = last.o.shape[2] = last.lse.shape[2] = last.k.shape[2] = last.v.shape[2] = 30;
+  last.o.stride[1] = 30 * DV;
+  OK(sage_attention(&last, E));
+  OK(sage_memory_read(stream, part, last.o.data, sizeof part, E));
+  for (int h = 0; h < HQ; ++h) CHECK(!memcmp(o + (h * NQ + 40) * DV, part + h * 30 * DV, 30 * DV * sizeof(float)));
+
+#define BAD_STARTS(from, to, count, words) \
+  REFUSED(sage_attention_varlen(&call, (from), (to), (count), E), SAGE_INVALID_ARGUMENT, (words))
+  const int64_t falling[] = {0, 41, 40, NQ}, late[] = {1, 2, 3, NQ}, far[] = {0, NQ + 1, NQ + 1, NQ},
+                early[] = {0, 5, 6, 7};
+  const int64_t negative[] = {0, -1, 5, NQ}, least[] = {0, INT64_MIN, 5, NQ}, most[] = {0, INT64_MAX, INT64_MAX, NQ};
+  BAD_STARTS(NULL, k_starts, 3, "q_starts must not be a null pointer");
+  BAD_STARTS(q_starts, NULL, 3, "k_starts must not be a null pointer");
+  BAD_STARTS(q_starts, k_starts, 0, "sequences must be from 1 to 16777216: current value is 0.");
+  BAD_STARTS(q_starts, k_starts, ~0ull, "sequences must be from 1 to 16777216");
+  BAD_STARTS(falling, k_starts, 3, "q_starts[2] must be at least the number before it (41): current value is 40.");
+  BAD_STARTS(late, k_starts, 3, "q_starts[0] must be 0: current value is 1.");
+  BAD_STARTS(far, k_starts, 3, "q_starts[1] must be at most q.shape[2] (70): current value is 71.");
+  BAD_STARTS(early, k_starts, 3, "q_starts[3] must equal q.shape[2] (70): current value is 7.");
+  BAD_STARTS(negative, k_starts, 3, "q_starts[1] must be at least the number before it (0): current value is -1.");
+  BAD_STARTS(least, k_starts, 3, "q_starts[1] must be at least the number before it (0)");
+  BAD_STARTS(most, k_starts, 3, "q_starts[1] must be at most q.shape[2] (70)");
+  BAD_STARTS(q_starts, q_starts, 3, "k_starts[3] must equal k.shape[2] (130): current value is 70.");
+  call = both;
+  BAD_STARTS(q_starts, k_starts, 3, "q.shape[0] must equal one batch of sequences (1): current value is 2.");
+  REFUSED(sage_attention_varlen(NULL, q_starts, k_starts, 3, E), SAGE_INVALID_ARGUMENT, "null pointer");
+  discard(&both);
   OK(sage_stream_destroy(stream, E));
 }
 
@@ -462,6 +622,8 @@ static void describe(int32_t device) {
   printf("device %d: %s, %s, %d\n", device, info.name, info.features, info.multiprocessors);
   run_attention(device);
   run_parts(device);
+  run_masks(device);
+  run_varlen(device);
   refuse_calls(device);
   lifecycles(device);
 }

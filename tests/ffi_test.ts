@@ -78,6 +78,7 @@ Deno.test("constants are those of sage.h", async () => {
     ...spelled("ACCUMULATOR_", ffi.accumulatorNumbers),
     ...spelled("EXPONENTIAL_", ffi.exponentialNumbers),
     ...spelled("RANGE_", ffi.rangeNumbers, range),
+    ...spelled("ALIGN_", ffi.alignmentNumbers, kernel),
   ];
   const found = await evaluate(constants.map(([name]) => name));
   assertEquals(constants, constants.map(([name], i) => [name, found[i]]));

@@ -136,7 +136,7 @@ class Fuzzer {
   ~Fuzzer() { CALL(false, sage_stream_destroy, stream); }
 
   void step() {
-    switch (random.below(13)) {
+    switch (random.below(14)) {
       case 0: streams(); break;
       case 12: traces(); break;
       case 1: events(); break;
@@ -148,6 +148,7 @@ class Fuzzer {
       case 7: quantize(); break;
       case 8:
       case 9: attention(); break;
+      case 13: attention_varlen(); break;
       default: attention_quantized(); break;
     }
     ++steps;
@@ -381,7 +382,7 @@ class Fuzzer {
       case 3: tensor.stride[dimension] ^= random.between(-2, 2); break;
       case 4: tensor.data += uint64_t(random.between(-130, 130)); break;
       case 5: tensor.data = random.one_in(2) ? value : some_memory().address; break;
-      case 6: tensor.dtype = int32_t(random.between(-1, 6)); break;
+      case 6: tensor.dtype = int32_t(random.between(-1, 7)); break;
       default: tensor = call.*member(); break;
     }
   }
@@ -459,11 +460,62 @@ class Fuzzer {
     if (kernel == SAGE_KERNEL_SAGE1) made.pv_accumulator = int32_t(random.below(3));
     if (kernel == SAGE_KERNEL_SAGE2PP) made.pv_range = int32_t(random.below(4));
     made.exponential = int32_t(random.below(kernel == SAGE_KERNEL_SAGE2 ? 3 : 2));
+    mask_positions(made);
     return made;
   }
 
-  void attention() {
-    const Problem p = problem();
+  // Masks that follow from positions; -1 is no limit.
+  void mask_positions(sage_attention_options& options) {
+    const auto limit = [&] { return random.one_in(3) ? -1 : random.one_in(4) ? INT64_MAX : random.between(0, 90); };
+    options.alignment = int32_t(random.below(2));
+    if (random.one_in(3)) options.softcap = random.one_in(2) ? 0.5f : 1e30f;
+    if (!random.one_in(2)) return;
+    options.windowed = 1;
+    options.window_before = limit();
+    options.window_after = options.causal ? -int64_t(random.below(2)) : limit();
+  }
+
+  void add_mask_tensors(sage_attention_call& call, const Problem& p) {
+    const auto some = [&](int64_t length) { return random.one_in(2) ? 1 : length; };
+    if (random.one_in(2)) {
+      const int32_t dtype = random.one_in(2) ? int32_t(SAGE_BOOL) : float_type();
+      call.mask = tensor(dtype, {some(p.b), some(p.hq), some(p.nq), p.nk}, false);
+    }
+    if (random.one_in(3)) call.sinks = tensor(SAGE_F32, {1, p.hq, 1, 1}, false);
+    if (random.one_in(3)) call.alibi = tensor(SAGE_F32, {some(p.b), p.hq, 1, 1}, false);
+  }
+
+  // Rising, from 0 to all tokens.
+  std::vector<int64_t> starts(int64_t tokens, uint64_t sequences) {
+    std::vector<int64_t> made{0};
+    for (uint64_t i = 1; i < sequences; ++i) made.push_back(random.between(made.back(), tokens));
+    made.push_back(tokens);
+    return made;
+  }
+
+  void attention_varlen() {
+    Problem p = problem();
+    p.b = 1;
+    const sage_attention_call call = attention_call(p);
+    const auto sequences = uint64_t(random.between(1, 6));
+    std::vector<int64_t> q_starts = starts(p.nq, sequences), k_starts = starts(p.nk, sequences);
+    const auto run = [&](const sage_attention_call* from, char* error, size_t error_size) {
+      return sage_attention_varlen(from, q_starts.data(), k_starts.data(), sequences, error, error_size);
+    };
+    CALL(strict, run, &call);
+    ++accepted;
+    for (int i = 0; i < 4; ++i) {
+      int64_t& start = (random.one_in(2) ? q_starts : k_starts)[size_t(random.below(int64_t(sequences + 1)))];
+      start = random.one_in(2) ? start ^ random.between(-2, 2) : int64_t(random.nasty());
+      CALL(false, run, &call) == SAGE_OK ? ++accepted : ++refused;
+    }
+    CALL(false, sage_attention_varlen, &call, nullptr, k_starts.data(), sequences);
+    CALL(false, sage_attention_varlen, &call, q_starts.data(), nullptr, sequences);
+    CALL(false, sage_attention_varlen, &call, q_starts.data(), k_starts.data(), uint64_t(0));
+    drop_tensors();
+  }
+
+  sage_attention_call attention_call(const Problem& p) {
     sage_attention_call call{};
     call.size = sizeof call;
     call.stream = stream;
@@ -479,6 +531,12 @@ class Fuzzer {
     call.v = tensor(dtype, {p.b, p.hkv, p.nk, p.dv}, false);
     call.o = tensor(float_type(), {p.b, p.hq, p.nq, p.dv}, true);
     if (random.one_in(2)) call.lse = tensor(SAGE_F32, {p.b, p.hq, p.nq, 1}, true);
+    add_mask_tensors(call, p);
+    return call;
+  }
+
+  void attention() {
+    const sage_attention_call call = attention_call(problem());
     sage_plan plan;
     plan.size = sizeof plan;
     const auto explain = [&](const sage_attention_call* from, char* error, size_t error_size) {
@@ -486,8 +544,9 @@ class Fuzzer {
     };
     CALL(strict, sage_explain, &call, &plan);
     CALL(false, sage_explain, &call, nullptr);
-    const auto tensors = {&sage_attention_call::q, &sage_attention_call::k, &sage_attention_call::v,
-                          &sage_attention_call::o, &sage_attention_call::lse};
+    const auto tensors = {&sage_attention_call::q,     &sage_attention_call::k,    &sage_attention_call::v,
+                          &sage_attention_call::o,     &sage_attention_call::lse,  &sage_attention_call::mask,
+                          &sage_attention_call::sinks, &sage_attention_call::alibi};
     const bool flash = call.options.kernel <= SAGE_KERNEL_FLASH;
     if (random.one_in(4)) {
       try_call(call, tensors, explain);

@@ -100,6 +100,10 @@ Deno.test("toFloat32() of known codes", () => {
     Float32Array.of(7, -7, NaN, 0, -1, NaN),
   );
   assertEquals(
+    toFloat32(Uint8Array.of(0, 1, 255), "bool"),
+    Float32Array.of(0, 1, 1),
+  );
+  assertEquals(
     toFloat32(Uint8Array.of(0x00, 0x80, 0x01, 0x38, 0x7e, 0xfe, 0x7f, 0xff), "e4m3"),
     Float32Array.of(0, -0, 2 ** -9, 1, 448, -448, NaN, NaN),
   );

@@ -1,6 +1,6 @@
 // What every operation should give: attention in float64, and numerics.h said again in TypeScript. Short enough to
 // be checked by reading; tests/reference_test.ts holds cases checked by hand.
-import type { CodeDType, FloatDType, Granularity, Layout, Operand } from "../mod.ts";
+import type { CodeDType, FloatDType, Granularity, Layout, MaskOptions, Operand } from "../mod.ts";
 
 // ---- random numbers -----------------------------------------------------------------------------------
 
@@ -115,34 +115,75 @@ export interface Problem {
   vDims: Dims;
 }
 
-/** softmax(scale·Q·Kᵀ)·V in float64. Query i sees keys j ≤ i + Nk − Nq if causal; a row that sees none gives 0. */
+/** Numbers by [batch, heads, queries, keys], each dimension repeated where it is 1. */
+export interface ReferenceMask {
+  values: ArrayLike<number>;
+  dims: Dims;
+  /** Whether 0 hides a key and all else shows it; otherwise values are added to scores, and -Infinity hides. */
+  bool: boolean;
+}
+
+/** What changes scores and the softmax: the mask, and numbers of every head (slopes also of every batch). */
+export interface ReferenceTensors {
+  mask?: ReferenceMask;
+  sinks?: ArrayLike<number>;
+  alibi?: ArrayLike<number>;
+}
+
+function maskAt(
+  { values, dims }: ReferenceMask,
+  ...index: [number, number, number, number]
+): number {
+  const at = index.reduce((at, i, d) => at * dims[d] + (dims[d] === 1 ? 0 : i), 0);
+  return values[at];
+}
+
+/**
+ * softmax(scale·Q·Kᵀ)·V in float64, over the keys that masks leave: query i stands at key i + offset. Scores are
+ * capped, then added to; a sink counts in the denominator alone; a row that sees no key gives 0.
+ */
 export function referenceAttention(
   { q, k, v, qDims, kDims, vDims }: Problem,
-  { causal = false, scale = 1 / Math.sqrt(qDims[3]) }: { causal?: boolean; scale?: number } = {},
+  { causal = false, scale = 1 / Math.sqrt(qDims[3]), alignment, window, softcap }:
+    & MaskOptions
+    & { scale?: number } = {},
+  { mask, sinks, alibi }: ReferenceTensors = {},
 ): { out: Float64Array; lse: Float64Array } {
   const [batch, heads, queries, channels] = qDims, [, kvHeads, keys] = kDims, width = vDims[3];
   const out = new Float64Array(batch * heads * queries * width);
   const lse = new Float64Array(batch * heads * queries);
+  const offset = alignment === "top-left" ? 0 : keys - queries;
+  const [before, after] = typeof window === "object"
+    ? window
+    : [window ?? Infinity, window ?? Infinity];
   for (let b = 0; b < batch; ++b) {
     for (let h = 0; h < heads; ++h) {
       const kvHead = b * kvHeads + Math.floor(h / (heads / kvHeads));
+      const slope = alibi ? alibi[(alibi.length === heads ? 0 : b * heads) + h] : 0;
+      const sink = sinks ? sinks[h] : -Infinity;
       for (let i = 0; i < queries; ++i) {
-        const row = (b * heads + h) * queries + i;
-        const visible = causal ? Math.max(0, Math.min(keys, i + keys - queries + 1)) : keys;
-        const scores = new Float64Array(visible);
-        for (let j = 0; j < visible; ++j) {
+        const row = (b * heads + h) * queries + i, position = i + offset;
+        const scores = new Map<number, number>(); // of the keys that are seen
+        for (let j = 0; j < keys; ++j) {
+          if (j < position - before || j > position + (causal ? 0 : after)) continue;
+          const value = mask ? maskAt(mask, b, h, i, j) : 0;
+          if (mask && value === (mask.bool ? 0 : -Infinity)) continue;
           let dot = 0;
           for (let c = 0; c < channels; ++c) {
             dot += q[row * channels + c] * k[(kvHead * keys + j) * channels + c];
           }
-          scores[j] = scale * dot;
+          const score = softcap ? softcap * Math.tanh(scale * dot / softcap) : scale * dot;
+          const added = mask && !mask.bool ? value : 0;
+          scores.set(j, score - slope * Math.abs(position - j) + added);
         }
-        const most = scores.reduce((a, b) => Math.max(a, b), -Infinity);
-        const weights = scores.map((score) => Math.exp(score - most));
-        const sum = weights.reduce((a, b) => a + b, 0);
-        lse[row] = visible === 0 ? -Infinity : most + Math.log(sum);
-        for (let j = 0; j < visible; ++j) {
-          const p = weights[j] / sum;
+        const most = [...scores.values()].reduce((a, b) => Math.max(a, b), sink);
+        const sum = [...scores.values()].reduce(
+          (a, b) => a + Math.exp(b - most),
+          Math.exp(sink - most),
+        );
+        lse[row] = scores.size === 0 ? sink : most + Math.log(sum);
+        for (const [j, score] of scores) {
+          const p = Math.exp(score - most) / sum;
           for (let c = 0; c < width; ++c) {
             out[row * width + c] += p * v[(kvHead * keys + j) * width + c];
           }

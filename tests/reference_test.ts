@@ -60,6 +60,61 @@ Deno.test("referenceAttention() aligns causal masks to the bottom right", () => 
   assertEquals(sums(3, 2), [0, 1, 11]); // the first query sees nothing
 });
 
+Deno.test("referenceAttention() masks as it is told", () => {
+  // Q = 0: the output is the mean of the values that are seen, and lse the logarithm of how many.
+  const means = (
+    queries: number,
+    keys: number,
+    options: Parameters<typeof referenceAttention>[1],
+    tensors?: Parameters<typeof referenceAttention>[2],
+  ) => {
+    const { out, lse } = referenceAttention(
+      {
+        q: new Array(queries).fill(0),
+        k: new Array(keys).fill(1),
+        v: [1, 10, 100, 1000].slice(0, keys),
+        qDims: [1, 1, queries, 1],
+        kDims: [1, 1, keys, 1],
+        vDims: [1, 1, keys, 1],
+      },
+      options,
+      tensors,
+    );
+    return Array.from(out, (mean, i) => Math.round(mean * Math.exp(lse[i])));
+  };
+  assertEquals(means(2, 4, { causal: true }), [111, 1111]);
+  assertEquals(means(2, 4, { causal: true, alignment: "top-left" }), [1, 11]);
+  assertEquals(means(4, 4, { window: 1 }), [11, 111, 1110, 1100]);
+  assertEquals(means(4, 4, { window: 1, causal: true }), [1, 11, 110, 1100]);
+  assertEquals(means(2, 4, { window: [1, Infinity] }), [1110, 1100]);
+  assertEquals(means(2, 4, { window: [0, 0], alignment: "top-left" }), [1, 10]);
+  const bool = { values: [1, 0, 0, 5, 0, 0, 0, 0], dims: [1, 1, 2, 4], bool: true } as const;
+  assertEquals(means(2, 4, {}, { mask: bool }), [1001, 0]);
+  const added = { values: [0, Math.log(2), -Infinity], dims: [1, 1, 1, 3], bool: false } as const;
+  assertEquals(means(2, 3, {}, { mask: added }), [21, 21]);
+  assertEquals(means(1, 3, {}, { alibi: [-Math.log(2)] }), [124]); // 4·1 + 2·10 + 100, slopes up
+});
+
+Deno.test("referenceAttention() caps scores, and counts sinks in the denominator alone", () => {
+  const problem = {
+    q: [1],
+    k: [3],
+    v: [8],
+    qDims: [1, 1, 1, 1],
+    kDims: [1, 1, 1, 1],
+    vDims: [1, 1, 1, 1],
+  } as const;
+  assertEquals(referenceAttention(problem, { softcap: 2 }).lse[0], 2 * Math.tanh(1.5));
+  const { out, lse } = referenceAttention(problem, {}, { sinks: [3 + Math.log(3)] });
+  assertAlmostEquals(out[0], 2, 1e-12); // a quarter of 8
+  assertAlmostEquals(lse[0], 3 + Math.log(4), 1e-12);
+  const blind = referenceAttention(problem, { window: 0, alignment: "top-left" }, {
+    sinks: [5],
+    mask: { values: [0], dims: [1, 1, 1, 1], bool: true },
+  });
+  assertEquals([blind.out[0], blind.lse[0]], [0, 5]);
+});
+
 Deno.test("referenceAttention() shares keys among successive heads", () => {
   const { out } = referenceAttention({
     q: [0, 0, 0, 0],

@@ -126,7 +126,7 @@ const takers: [string, (fixture: Fixture, options: Loose) => unknown, string, st
     "flashAttention",
     ({ q, k, v }, o) => flashAttention(q, k, v, o),
     "run attention",
-    `"causal", "scale", "out", "outDtype", "returnLse".`,
+    `"causal", "alignment", "window", "softcap", "scale", "out", "outDtype", "returnLse", "mask", "sinks", "alibi".`,
   ],
   ["explain", ({ q, k, v }, o) => explain(q, k, v, o), "explain attention", `"device"`],
   ["smooth", ({ q }, o) => smooth(q, o), "smooth", `"blockRows", "outDtype".`],
@@ -318,7 +318,7 @@ refuses("values of each option elsewhere", [
       error,
       says: [
         `Cannot make a tensor as ${name} must be one of ${
-          name === "dtype" ? `"f32", "f16", "bf16", "i8", "i4", "e4m3"` : `"HND", "NHD"`
+          name === "dtype" ? `"f32", "f16", "bf16", "i8", "i4", "e4m3", "bool"` : `"HND", "NHD"`
         }: current value is ${shown(value)}.`,
       ],
     }))

@@ -208,7 +208,7 @@ refuses("arrays of another element type", [
   })),
   ...([
     [new Uint16Array(length), `Uint16Array must be given as "bf16" or "f16"`],
-    [new Uint8Array(length), `Uint8Array must be given as "i4" or "e4m3"`],
+    [new Uint8Array(length), `Uint8Array must be given as "i4", "e4m3" or "bool"`],
   ] as [Loose, string][]).map(([data, choices]): Case => ({
     name: `${data.constructor.name} without a dtype`,
     call: ({ device }) => device.tensor(data, [1, 2, 16, 8]),
