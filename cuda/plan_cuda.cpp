@@ -134,7 +134,7 @@ static Kernel hopper_auto_kernel(const AttentionShape& shape, std::string& reaso
 }
 
 Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device, std::string& reason) {
-  if (is_hopper(device)) return hopper_auto_kernel(shape, reason);
+  if (is_hopper(device) && has_plain_mask(shape)) return hopper_auto_kernel(shape, reason);
   if (shape.dtype == DType::kF32) {
     reason = "auto: sage1, as flash takes no f32 on this device";
     return Kernel::kSage1;

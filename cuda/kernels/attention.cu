@@ -139,6 +139,7 @@ void launch_sage(const SageOp& op, cudaStream_t stream) {
   params.k_groups_a_tile = whole_tiles ? params.k_grouping.a_run() : 0;
   params.q_not_finite = op.q_not_finite;
   params.k_not_finite = op.k_not_finite;
+  params.v_not_finite = op.v_not_finite;
   params.q_words = (params.q_tokens + 31) / 32;
   params.k_words = (params.k_tokens + 31) / 32;
   if (op.q_raw && op.k_raw) {

@@ -66,8 +66,9 @@ struct AttentionParams {
   Groups k_grouping;
   int k_groups_a_tile;  // 0: those of a tile are not one run
   const uint32_t *q_not_finite, *k_not_finite;
-  int q_words, k_words;  // of one head
-  Rows q_raw, k_raw;     // what the codes were made of; data may be null
+  const uint32_t* v_not_finite;  // null where P is never 0
+  int q_words, k_words;          // of one head
+  Rows q_raw, k_raw;             // what the codes were made of; data may be null
   DType raw_dtype;
   const float* delta;  // [B, Hq, delta_blocks, k_tokens] or null
   int delta_blocks, delta_rows;
@@ -598,8 +599,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   // Tiles with scores that a mask hides or changes, or that INT8 cannot hold, take the longer way.
   [[maybe_unused]] uint32_t q[C::kQKRow / 32][kRowTiles][4];
   [[maybe_unused]] bool has_q = false;
+  const auto values_not_finite = [&](int tile) -> uint32_t {
+    uint32_t bits = 0;
+    if (!C::kColumnTerms || p.v_not_finite == nullptr || tile < 0) return bits;
+#pragma unroll
+    for (int w = 0; w < C::kBlockN / 32; w++) {
+      const int word = tile * (C::kBlockN / 32) + w;
+      if (word < p.k_words) bits |= p.v_not_finite[kv_plane * p.k_words + word];
+    }
+    return bits;
+  };
   const auto hides = [&](int tile) {
-    return tile < open_begin || tile >= open_end ||
+    return values_not_finite(tile) != 0 || tile < open_begin || tile >= open_end ||
            (mask_tiles != nullptr && mask_tiles[tile] == static_cast<uint8_t>(TileState::kHides));
   };
   auto process = [&](auto masked) {
@@ -718,12 +729,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       } else if (p.delta != nullptr) {
         take_multiplier();
       }
+      // That of a key that is not finite is part of its score already.
+      const auto add_delta = [&](float& x, float delta) {
+        x = fmaf(p.scale_log2, kMasked && !is_finite(delta) ? 0.0f : delta, x);
+      };
       if (one_delta) {
         const float* const delta = delta_of(row0) + key0;
-        each_score([&](float& x, int, int, int local) { x += p.scale_log2 * delta[min(local, last_local)]; });
+        each_score([&](float& x, int, int, int local) { add_delta(x, delta[min(local, last_local)]); });
       } else if (p.delta != nullptr) {
         each_score([&](float& x, int t, int half, int local) {
-          x += p.scale_log2 * delta_of(lane_row + t * 16 + half * 8)[key0 + min(local, last_local)];
+          add_delta(x, delta_of(lane_row + t * 16 + half * 8)[key0 + min(local, last_local)]);
         });
       }
     }
@@ -831,7 +846,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     if constexpr (C::kF16Accumulator) multiply_pv_f16<C>(o, probabilities, v_tile);
   };
   const auto any_not_finite = [&](int tile) {
-    uint32_t bits = 0;
+    uint32_t bits = values_not_finite(tile);
 #pragma unroll
     for (int w = 0; w < C::kBlockN / 32; w++) bits |= not_finite(tile, w);
     return bits;

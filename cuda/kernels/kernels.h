@@ -31,10 +31,11 @@ void launch_find_not_finite(const View& codes, uint32_t* not_finite, cudaStream_
 // ---- values.cu: V as the FP16 P.V product takes it --------------------------------------------------------
 // v16 [B, H, N, >= Dv] = (v - mean) / scale, with a scale per channel; values that are not finite stay so. Padding
 // channels are written as 0. `mean` may be absent. kF16: scales are powers of two, with |v16| <= range; kI8, kE4M3:
-// v16 is a code of that type, the largest magnitude's is `range`.
+// v16 is a code of that type, the largest magnitude's is `range`. `not_finite`, where it is not null, receives one bit
+// a token, as above.
 size_t values_scratch_bytes(const View& v);
 void launch_values(const View& v, const View& mean, DType codes, float range, const View& v16, const View& scales,
-                   void* scratch, cudaStream_t stream);
+                   uint32_t* not_finite, void* scratch, cudaStream_t stream);
 
 // ---- masks.cu: which tiles of a mask need to be looked at -------------------------------------------------
 enum class TileState : uint8_t { kClosed, kOpen, kAdds, kHides };  // kAdds: numbers, but all keys are visible
@@ -55,7 +56,8 @@ struct SageOp {
   View q, k;          // INT8, channels padded with zeros to plan.padded_head_dim
   const uint32_t* q_not_finite;
   const uint32_t* k_not_finite;
-  View q_scales, k_scales;  // f32 [B, H, groups, 1]
+  const uint32_t* v_not_finite;  // or null: that of V where P is rounded, so that it may be 0
+  View q_scales, k_scales;       // f32 [B, H, groups, 1]
   View delta;  // absent, or f32 [B, Hq, ceil(Nq / delta_rows), Nk]: (rows subtracted from Q) . K^T, not yet times scale
   int64_t delta_rows;
   View v;                 // f16: numbers, or codes of INT8 or FP8

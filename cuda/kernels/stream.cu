@@ -425,11 +425,11 @@ class CudaStream final : public Stream {
 
   // V in FP16, or its codes in FP16, with the scales of its channels.
   void convert_values(const View& v, const View& mean, int64_t padded_v_dim, const Plan& plan, void* to, void* scales,
-                      void* scratch, SageOp& run, cudaStream_t stream) {
+                      void* scratch, SageOp& run, uint32_t* not_finite, cudaStream_t stream) {
     const ValueForm form(plan);
     View v16 = dense(to, DType::kF16, v.batch(), v.heads(), v.tokens(), padded_v_dim);
     run.v_scales = dense(scales, DType::kF32, v.batch(), v.heads(), 1, v.channels());
-    launch_values(v, mean, form.codes, form.range, v16, run.v_scales, scratch, stream);
+    launch_values(v, mean, form.codes, form.range, v16, run.v_scales, not_finite, scratch, stream);
     v16.shape[3] = v.channels();
     run.v = v16;
   }
@@ -488,10 +488,12 @@ class CudaStream final : public Stream {
     run.v = op.v;
     run.v_dtype = op.v.dtype;
     run.v_mean = v_mean;
+    uint32_t* const not_finite = plan.kernel == Kernel::kSage1 ? nullptr : lane.words_at(layout.v_not_finite);
+    run.v_not_finite = not_finite;
     if (layout.convert_v) {
       stages.begin("pack");
       convert_values(op.v, v_mean, layout.padded_v_dim, plan, lane.at(layout.v), lane.at(layout.v_scales),
-                     lane.at(layout.scratch), run, lane.stream);
+                     lane.at(layout.scratch), run, not_finite, lane.stream);
     }
     run.o = op.o;
     run.lse = op.lse;
@@ -582,7 +584,7 @@ class CudaStream final : public Stream {
       run.v = without_padding(pack(true, op.v, DType::kF16, layout.padded_v_dim, layout.v), op.v.channels());
     } else if (needs.convert_v) {
       convert_values(op.v, {}, layout.padded_v_dim, plan, lane.at(layout.v), lane.at(layout.v_scales),
-                     lane.at(layout.scratch), run, lane.stream);
+                     lane.at(layout.scratch), run, nullptr, lane.stream);
     }
     run.o = op.o;
     run.lse = op.lse;

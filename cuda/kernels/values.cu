@@ -14,6 +14,8 @@ struct ValueArguments {
   float range;
   int64_t heads;         // of a batch
   const uint32_t* amax;  // [planes, channels of v]
+  uint32_t* not_finite;  // [planes, words], zeros so far, or null
+  int64_t words;         // of one head
 };
 
 // The exponent field of the smallest power of two that brings amax down to `largest`; that of 1 for zeros. Far
@@ -84,6 +86,16 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
       unpack(raw[i], x);
 #pragma unroll
       for (int j = 0; j < 8; j++) x[j] -= mean[j];
+      if (a.not_finite != nullptr) {
+        bool finite = true;
+#pragma unroll
+        for (int j = 0; j < 8; j++) finite &= is_finite(x[j]);
+        const int64_t row = base + first + i * step;
+        if (!finite && row < a.v.tokens) {
+          const int64_t plane = place.plane.batch * a.heads + place.plane.head;
+          atomicOr(&a.not_finite[plane * a.words + row / 32], 1u << row % 32);
+        }
+      }
       encode<kCodes>(x, inverse);
       if (first + i * step < rows) store<kCommon>(pack<DType::kF16>(x), a.v16, to, channel);
     }
@@ -96,7 +108,7 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
 size_t values_scratch_bytes(const View& v) { return column_scratch_bytes(v.batch() * v.heads(), v.channels()); }
 
 void launch_values(const View& v, const View& mean, DType codes, float range, const View& v16, const View& scales,
-                   void* scratch, cudaStream_t stream) {
+                   uint32_t* not_finite, void* scratch, cudaStream_t stream) {
   auto* const amax = static_cast<uint32_t*>(scratch);
   launch_column_amax(v, mean, v.tokens(), amax, stream);
   const dim3 block = block_of(v16.channels());
@@ -108,6 +120,11 @@ void launch_values(const View& v, const View& mean, DType codes, float range, co
   a.range = range;
   a.heads = v.heads();
   a.amax = amax;
+  a.words = tiles_of(v.tokens(), 32);
+  a.not_finite = not_finite;
+  if (not_finite != nullptr) {
+    SAGE_CUDA(cudaMemsetAsync(not_finite, 0, v.batch() * v.heads() * a.words * sizeof(uint32_t), stream));
+  }
   const bool common = a.v.vectors && a.v16.vectors && one_mean_a_head(a.means);
   const size_t shared = block.x * 8 * sizeof(float);
   const auto launch = [&](auto kernel) {

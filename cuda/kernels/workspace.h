@@ -63,6 +63,7 @@ struct SageWorkspace {
   size_t q_codes, k_codes;            // INT8 [B, H, N, padded_head_dim]
   size_t q_scales, k_scales;          // f32 [B, H, groups, 1]
   size_t q_not_finite, k_not_finite;  // words of 32 rows
+  size_t v_not_finite;                // the same, where V is codes
   size_t delta;                       // f32 [B, Hq, ceil(Nq / 128), Nk]
   size_t lse_shift;                   // f32 [B, Hq, Nq, 1]
   size_t v, v_scales;                 // f16 [B, Hkv, Nk, padded_v_dim], f32 [B, Hkv, 1, Dv]
@@ -91,6 +92,7 @@ struct SageWorkspace {
     k_scales = carver.take(k_planes * k_groups, 4);
     q_not_finite = carver.take(q_planes * ((nq + 31) / 32), 4);
     k_not_finite = carver.take(k_planes * ((nk + 31) / 32), 4);
+    v_not_finite = carver.take_if(plan.kernel != Kernel::kSage1, k_planes * ((nk + 31) / 32), 4);
     delta = carver.take_if(plan.smooth_q, q_planes * q_means * nk, 4);
     lse_shift = carver.take_if(plan.smooth_k, q_planes * nq, 4);
     v = carver.take_if(convert_v, k_planes * nk * padded_v_dim, 2);
