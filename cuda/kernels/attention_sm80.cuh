@@ -600,12 +600,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   [[maybe_unused]] uint32_t q[C::kQKRow / 32][kRowTiles][4];
   [[maybe_unused]] bool has_q = false;
   const auto values_not_finite = [&](int tile) -> uint32_t {
+    const bool codes = C::kColumnTerms && p.v_not_finite != nullptr && tile >= 0;
     uint32_t bits = 0;
-    if (!C::kColumnTerms || p.v_not_finite == nullptr || tile < 0) return bits;
 #pragma unroll
     for (int w = 0; w < C::kBlockN / 32; w++) {
       const int word = tile * (C::kBlockN / 32) + w;
-      if (word < p.k_words) bits |= p.v_not_finite[kv_plane * p.k_words + word];
+      if (codes && word < p.k_words) bits |= p.v_not_finite[kv_plane * p.k_words + word];
     }
     return bits;
   };
