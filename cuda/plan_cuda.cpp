@@ -158,13 +158,7 @@ void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& pl
     refuse("q.dtype", "f16 or bf16 for flash on a CUDA device", "f32");
   }
   set_cuda_tiles(shape, device, plan);
-  if (plan.kernel == Kernel::kFlash) {
-    plan.workspace_bytes = cuda::FlashWorkspace(shape, plan).carver.bytes();
-  } else if (plan.kernel == Kernel::kSage2 && plan.architecture == 90) {
-    plan.workspace_bytes = cuda::Sage2Workspace(shape, plan).bytes;
-  } else {
-    plan.workspace_bytes = cuda::SageWorkspace(shape, plan).bytes;
-  }
+  plan.workspace_bytes = cuda::attention_workspace_bytes(shape, plan);
 }
 
 // Its workspace follows from the operands' strides as well: the stream sizes it.

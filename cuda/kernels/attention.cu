@@ -53,7 +53,6 @@ void set_masking(AttentionParams& params, const Masking& masking, const MaskTile
     params.mask_dtype = mask.dtype;
   }
   params.changes_open_tiles = masking.softcap > 0 || masking.alibi;
-  params.changes_scores = params.changes_open_tiles || params.adds_mask;
 }
 
 // What all kernels have in common.

@@ -51,8 +51,8 @@ struct AttentionParams {
   Rows mask;  // numbers that are added
   DType mask_dtype;
 
-  // What changes scores before softmax; all but masks change those of every tile
-  bool changes_scores, changes_open_tiles;
+  // What changes scores before softmax, those of open tiles too
+  bool changes_open_tiles;
   float softcap;  // 0: none; times log2(e)
   const float *alibi, *sinks;
   int64_t alibi_batch_stride, alibi_head_stride, sinks_stride;
@@ -504,10 +504,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       !C::kGeneral || p.mask_tiles == nullptr
           ? nullptr
           : p.mask_tiles + (p.mask_rows > 1 ? int64_t{mask_plane} * p.q_blocks + q_block : mask_plane) * k_tiles;
+  const auto mask_state = [&](int tile) {
+    return mask_tiles == nullptr || tile < 0 ? TileState::kOpen : static_cast<TileState>(mask_tiles[tile]);
+  };
   // The tile to visit after one; -1: none.
   const auto next_tile = [&](int tile) {
     do tile--;
-    while (mask_tiles != nullptr && tile >= begin && mask_tiles[tile] == static_cast<uint8_t>(TileState::kClosed));
+    while (tile >= begin && mask_state(tile) == TileState::kClosed);
     return tile >= begin ? tile : -1;
   };
   int tile = next_tile(end), next = next_tile(tile);
@@ -611,7 +614,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   };
   const auto hides = [&](int tile) {
     return values_not_finite(tile) != 0 || tile < open_begin || tile >= open_end ||
-           (mask_tiles != nullptr && mask_tiles[tile] == static_cast<uint8_t>(TileState::kHides));
+           mask_state(tile) == TileState::kHides;
   };
   auto process = [&](auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
@@ -743,7 +746,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       }
     }
     if constexpr (kMasked) {
-      if (C::kGeneral && p.changes_scores) {
+      if (C::kGeneral && (p.changes_open_tiles || (p.adds_mask && mask_state(tile) != TileState::kOpen))) {
         take_multiplier();
         change_scores(p, each_score, forgotten(batch), forgotten(head), forgotten(lane_row), key0);
       }
@@ -845,22 +848,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     }
     if constexpr (C::kF16Accumulator) multiply_pv_f16<C>(o, probabilities, v_tile);
   };
-  const auto any_not_finite = [&](int tile) {
-    uint32_t bits = values_not_finite(tile);
+  // What else takes the longer way than the edges of what rows see; known one tile ahead.
+  const auto find_obstacles = [&](int tile) {
+    uint32_t bits = values_not_finite(tile) | static_cast<uint32_t>(mask_state(tile) != TileState::kOpen);
 #pragma unroll
     for (int w = 0; w < C::kBlockN / 32; w++) bits |= not_finite(tile, w);
     return bits;
   };
-  uint32_t bad = any_not_finite(tile), next_bad = any_not_finite(next);
+  uint32_t obstacles = find_obstacles(tile), next_obstacles = find_obstacles(next);
   const auto is_open = [&] {
-    return tile >= open_begin && tile < open_end && bad == 0 && !(C::kGeneral && p.changes_open_tiles) &&
-           (mask_tiles == nullptr || mask_tiles[tile] == static_cast<uint8_t>(TileState::kOpen));
+    return tile >= open_begin && tile < open_end && obstacles == 0 && !(C::kGeneral && p.changes_open_tiles);
   };
   const auto advance = [&] {
     tile = next;
     next = next_tile(tile);
-    bad = next_bad;
-    next_bad = any_not_finite(next);
+    obstacles = next_obstacles;
+    next_obstacles = find_obstacles(next);
   };
   while (tile >= 0) {
     for (; is_open(); advance()) process(std::false_type{});
@@ -966,7 +969,9 @@ void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool c
   };
   constexpr std::true_type kYes;
   constexpr std::false_type kNo;
-  if (kGeneral || column_terms) return f16_accumulator ? launch(kYes, kYes, kYes) : launch(kNo, kYes, kYes);
+  if (column_terms || (kGeneral && f16_accumulator)) {
+    return f16_accumulator ? launch(kYes, kYes, kYes) : launch(kNo, kYes, kYes);
+  }
   if constexpr (!kGeneral) {
     if (f16_accumulator) return launch(kYes, kNo, kYes);
     constexpr bool kHasChoice = attention_tuning(kHeadDim, true, false, true, false).row_tiles !=
@@ -974,8 +979,8 @@ void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool c
     if constexpr (kHasChoice) {
       if (!few_rows_pay(column_terms, params.k_tokens)) return launch(kNo, kNo, kNo);
     }
-    launch(kNo, kNo, kYes);
   }
+  launch(kNo, kNo, kYes);
 }
 
 }  // namespace sage::cuda

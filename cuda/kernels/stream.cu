@@ -84,6 +84,43 @@ struct ValueForm {
   }
 };
 
+// The view of several sequences of which `view` is the first.
+View batch_of(View view, int64_t sequences) {
+  if (!view) return view;
+  view.shape[0] = sequences;
+  view.stride[0] = view.tokens() * view.stride[2];
+  return view;
+}
+
+// Whether `next` lies where `view`, a batch of sequences, would have one more.
+bool continues(const View& view, const View& next) {
+  const int64_t bytes = view.batch() * view.tokens() * view.stride[2] * bits_per_element(view.dtype) / 8;
+  return view.tokens() == next.tokens() && (!view || static_cast<char*>(view.data) + bytes == next.data);
+}
+
+// Neighbouring sequences of the same lengths are one batch.
+std::vector<AttentionOp> merge_sequences(const std::vector<AttentionOp>& ops) {
+  std::vector<AttentionOp> merged;
+  for (const AttentionOp& op : ops) {
+    if (!merged.empty()) {
+      AttentionOp& batch = merged.back();
+      const bool same = !op.masking.mask && op.masking.offset == batch.masking.offset &&
+                        op.masking.before == batch.masking.before && op.masking.after == batch.masking.after;
+      if (same && continues(batch.q, op.q) && continues(batch.k, op.k) && continues(batch.v, op.v) &&
+          continues(batch.o, op.o) && continues(batch.lse, op.lse)) {
+        const int64_t sequences = batch.q.batch() + 1;
+        for (View* view : {&batch.q, &batch.k, &batch.v, &batch.o, &batch.lse}) *view = batch_of(*view, sequences);
+        continue;
+      }
+    }
+    merged.push_back(op);
+  }
+  for (AttentionOp& op : merged) {
+    op.plan.workspace_bytes = attention_workspace_bytes(shape_of(op.q, op.k, op.v, op.o, op.masking), op.plan);
+  }
+  return merged;
+}
+
 constexpr size_t kLanes = 8;  // streams that sequences of different lengths are spread over
 using SideStreams = std::array<cudaStream_t, kLanes - 1>;
 
@@ -241,9 +278,10 @@ class CudaStream final : public Stream {
   }
 
   // Sequences share nothing, so they run side by side: each on a lane with memory of its own.
-  void attention_varlen(const std::vector<AttentionOp>& ops) override {
+  void attention_varlen(const std::vector<AttentionOp>& sequences) override {
     enter(device_);
-    if (ops.empty()) return;
+    if (sequences.empty()) return;
+    const std::vector<AttentionOp> ops = merge_sequences(sequences);
     size_t slice = 0;
     for (const AttentionOp& op : ops) slice = std::max(slice, (op.plan.workspace_bytes + 255) / 256 * 256);
     const size_t lanes = std::min(kLanes, ops.size());

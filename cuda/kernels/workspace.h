@@ -201,4 +201,10 @@ struct Sage2Workspace {
   }
 };
 
+inline size_t attention_workspace_bytes(const AttentionShape& shape, const Plan& plan) {
+  if (plan.kernel == Kernel::kFlash) return FlashWorkspace(shape, plan).carver.bytes();
+  if (plan.kernel == Kernel::kSage2 && plan.architecture == 90) return Sage2Workspace(shape, plan).bytes;
+  return SageWorkspace(shape, plan).bytes;
+}
+
 }  // namespace sage::cuda
