@@ -6,7 +6,7 @@
 namespace sage::cuda {
 namespace {
 
-constexpr int kThreads = 256, kKeys = 8;  // of one thread
+constexpr int kThreads = 256, kKeys = 8, kHeld = 2;  // keys of a thread, and rows that it loads at once
 constexpr int kThreadsARow = kMaskTileKeys / kKeys, kStep = kThreads / kThreadsARow;
 
 struct MaskArguments {
@@ -50,15 +50,20 @@ __global__ void __launch_bounds__(kThreads) mask_tiles_kernel(const __grid_const
   const char* const from = plane_of(a.mask, {plane / a.heads, plane % a.heads});
   auto* const bits = reinterpret_cast<uint8_t*>(a.out.bits);
   uint32_t visible = 0, hidden = 0, added = 0;
-  for (int64_t row = row0 + threadIdx.x / kThreadsARow; row < end; row += kStep) {
-    Octet<kType> octet[1];
-    load_rows(octet, a.mask, from, row, 1, end, key);
-    const Looks looks = look(octet[0]);
-    visible |= ~looks.hidden & known;
-    hidden |= looks.hidden & known;
-    added |= looks.added & known;
-    bits[((plane * a.mask.tokens + row) * a.k_tiles + k_tile) * kThreadsARow + part] =
-        static_cast<uint8_t>(~looks.hidden & known);
+  for (int64_t first_row = row0 + threadIdx.x / kThreadsARow; first_row < end; first_row += kHeld * kStep) {
+    Octet<kType> octet[kHeld];
+    load_rows(octet, a.mask, from, first_row, kStep, end, key);
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) {
+      const int64_t row = first_row + i * kStep;
+      if (row >= end) break;
+      const Looks looks = look(octet[i]);
+      visible |= ~looks.hidden & known;
+      hidden |= looks.hidden & known;
+      added |= looks.added & known;
+      bits[((plane * a.mask.tokens + row) * a.k_tiles + k_tile) * kThreadsARow + part] =
+          static_cast<uint8_t>(~looks.hidden & known);
+    }
   }
   visible = __syncthreads_or(static_cast<int>(visible));
   hidden = __syncthreads_or(static_cast<int>(hidden));

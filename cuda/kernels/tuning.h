@@ -38,11 +38,11 @@ constexpr AttentionTuning attention_tuning(int padded_head_dim, bool quantized, 
                                            bool crowded) {
   if (padded_head_dim > 128) return {1, 2, 1, false};
   if (padded_head_dim > 64) {
-    if (!quantized) return crowded ? AttentionTuning{1, 3, 1, false} : AttentionTuning{2, 2, 1, false};
+    if (!quantized) return {2, 2, 1, false};
     return f16_accumulator || few_rows ? AttentionTuning{1, 3, 2, false} : AttentionTuning{2, 2, 2, false};
   }
   if (quantized) return {1, crowded ? 3 : 4, 2, false};
-  return crowded ? AttentionTuning{1, 3, 2, true} : AttentionTuning{2, 2, 2, true};
+  return {2, 2, 2, true};
 }
 
 // What the portable kernels choose for a call.
