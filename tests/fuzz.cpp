@@ -124,7 +124,7 @@ struct Shared {
   }
 } shared;
 
-constexpr uint64_t kMostBytes = 1 << 17;
+constexpr uint64_t kMostBytes = 1 << 18;
 
 class Fuzzer {
  public:
