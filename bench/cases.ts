@@ -26,7 +26,7 @@ export const variants: readonly Variant[] = [
   { kernel: "sage1-int8" },
   { kernel: "sage2", exponential: "exact" },
   { kernel: "sage2", exponential: "fast" },
-  { kernel: "sage2", exponential: "fast", smoothQ: true },
+  { kernel: "sage2", exponential: "exact", smoothQ: true },
   { kernel: "sage2", exponential: "fast", band: true },
   { kernel: "sage2-int4" },
   { kernel: "sage2++" },

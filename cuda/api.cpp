@@ -336,7 +336,9 @@ AttentionOp read_operands(const sage_attention_call& call, Tensors& tensors) {
 
 AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& traits, Tensors& tensors) {
   AttentionOp op = read_operands(call, tensors);
-  op.plan = plan_attention(shape_of(op.q, op.k, op.v, op.o, op.masking), call.options, traits);
+  AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.masking);
+  shape.lse = op.lse || call.lse.shape[0] > 0;  // explain() may name its shape alone
+  op.plan = plan_attention(shape, call.options, traits);
   return op;
 }
 
@@ -407,7 +409,9 @@ AttentionOp sequence_of(const AttentionOp& all, const sage_attention_options& op
   op.masking.sinks = all.masking.sinks;
   op.masking.alibi = all.masking.alibi;
   op.causal = op.masking.after == 0;
-  op.plan = plan_attention(shape_of(op.q, op.k, op.v, op.o, op.masking), options, traits);
+  AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.masking);
+  shape.lse = bool(op.lse);
+  op.plan = plan_attention(shape, options, traits);
   op.scale = all.scale;
   return op;
 }

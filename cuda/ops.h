@@ -207,6 +207,7 @@ struct AttentionShape {
   bool causal;
   bool boxes;            // q, k and v can be copied as boxes
   Masking masking = {};  // its tensors may lie nowhere
+  bool lse = false;      // is wanted too
 };
 
 // Whether hardware can copy boxes of the tensor (by a tensor map): base and strides are multiples of 16 bytes.

@@ -92,9 +92,10 @@ void set_groups(Plan& plan, int32_t granularity, uint32_t q_group_rows, uint32_t
   plan.k_group_rows = k.rows;
 }
 
+// Where accuracy is asked for by other options, the default is exact: sums of codes make no exact log-sum-exp.
 bool fast_exponential(const Plan& plan, int32_t option, const AttentionShape& shape, const DeviceTraits& device) {
   if (option != SAGE_EXPONENTIAL_DEFAULT) return option == SAGE_EXPONENTIAL_FAST;
-  if (plan.kernel != Kernel::kSage2) return false;
+  if (plan.kernel != Kernel::kSage2 || plan.smooth_q || shape.lse) return false;
   return device.cpu ? cpu_fast_exponential() : cuda_fast_exponential(shape, device, plan);
 }
 

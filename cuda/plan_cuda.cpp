@@ -46,12 +46,11 @@ bool has_plain_mask(const AttentionShape& shape) {
   return !cuda::is_general(masking) && masking.before == kUnlimited && (causal || masking.after == kUnlimited);
 }
 
-// What keeps a call from sm_90a's own kernel of sage2; empty: nothing.
+// What keeps a call from sm_90a's own kernel of sage2 and sage2-int4; empty: nothing.
 std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) {
   if (bits_per_element(shape.dtype) < 16) return "operands are codes";
   if (plan.granularity != SAGE_GRANULARITY_THREAD) return "scales are not per thread";
-  if (plan.smooth_q) return "q is smoothed";
-  if (!has_plain_mask(shape)) return "keys or scores are masked";
+  if (cuda::is_general(shape.masking)) return "keys or scores are masked";
   return "";
 }
 
@@ -67,7 +66,11 @@ bool suits_hopper_f16(const AttentionShape& shape, const Plan& plan) {
 }
 
 void set_hopper_sage2(const AttentionShape& shape, Plan& plan) {
-  const cuda::sm90::Sage2Tiles tiles = cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential);
+  if (plan.smooth_q && plan.fast_exponential) {
+    refuse("options.exponential", "exact (1) where queries are smoothed on this CUDA device", "fast (2)");
+  }
+  const cuda::sm90::Sage2Tiles tiles =
+      cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = cuda::sm90::kBlockM;
@@ -121,7 +124,7 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
            kernel_name(plan.kernel));
   }
   plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
-  if (is_hopper(device) && plan.kernel == Kernel::kSage2) {
+  if (is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4)) {
     const std::string obstacle = not_for_hopper_sage2(shape, plan);
     if (obstacle.empty()) return set_hopper_sage2(shape, plan);
     plan.reason += "; by the portable kernel, as " + obstacle;

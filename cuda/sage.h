@@ -195,7 +195,8 @@ typedef struct sage_attention_call {
   sage_attention_options options;
   sage_tensor q, k, v;
   sage_tensor o;     /* written */
-  sage_tensor lse;   /* optional, written: natural logarithm of the softmax denominator; -inf for a fully masked row */
+  sage_tensor lse;   /* optional, written: natural logarithm of the softmax denominator; -inf for a fully masked row;
+                        sage_explain: asked for where it has a shape */
   sage_tensor mask;  /* optional: [B or 1, Hq or 1, Nq or 1, Nk], bool (true: visible) or f32, f16, bf16 (added) */
   sage_tensor sinks; /* optional: f32 [1, Hq, 1, 1]: logits that count in the softmax denominator alone */
   sage_tensor alibi; /* optional: f32 [B or 1, Hq, 1, 1]: slope * -|i + offset - j| is added to the scores */

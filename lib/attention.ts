@@ -488,6 +488,14 @@ export function explain(
   const { outDtype: dtype = q.dtype as FloatDType, out = { shape, dtype, layout } } = rest;
   writeCall(stream, qSpec.bytes, kSpec.bytes, vSpec.bytes, rest);
   call.setStruct(attentionStruct.o, specify(action, "out", out, stream).bytes);
+  if (rest.returnLse) {
+    const lse = {
+      shape: permute([batch, heads, tokens, 1], layout),
+      dtype: "f32",
+      layout,
+    } as const;
+    call.setStruct(attentionStruct.lse, specify(action, "lse", lse, stream).bytes);
+  }
   plan.reset();
   unwrap(stream.native.sage_explain(call.bytes, plan.bytes, errorBytes, errorSize));
   return { ...readPlan(), ...reason !== undefined && { reason } };

@@ -196,14 +196,6 @@ export function exactly(options: AttentionOptions): AttentionOptions {
   return options.kernel === "sage2" ? { exponential: "exact", ...options } : options;
 }
 
-/**
- * On CUDA sage2 keeps a maximum until a score exceeds it by 4 (base 2): the largest P of a row is rounded to FP8
- * too, and with few keys that shows in the log-sum-exp.
- */
-export function lseRoom(device: Device, kernel: TestKernel): number {
-  return device.kind === "cuda" && kernel === "sage2" ? 1.5 : 1;
-}
-
 /** Runs attention and returns what it wrote. */
 export async function run(
   { q, k, v }: Tensors,

@@ -8,7 +8,6 @@ import {
   dtypes,
   exactly,
   type FloatProblem,
-  lseRoom,
   nameOf,
   within,
   worstBounds,
@@ -116,8 +115,7 @@ for (const dtype of dtypes) {
         const name = `${kernel}, ${dtype}, ${nameOf(lengths)}${causal ? " causal" : ""}`;
         assert(actual.every(Number.isFinite), `${name}: not finite`);
         const bound = worstBounds[kernel][dtype];
-        const room = lseRoom(device, kernel);
-        within(worstDifference(lse, reference.lse), room * bound.lse, `lse of ${name}`);
+        within(worstDifference(lse, reference.lse), bound.lse, `lse of ${name}`);
         if (reference.out.length < 64) {
           within(worstDifference(actual, reference.out), bound.row, `difference of ${name}`);
           continue;

@@ -21,7 +21,6 @@ import {
   bits,
   dtypes,
   type FloatProblem,
-  lseRoom,
   nameOf,
   type Tensors,
   type Values,
@@ -74,9 +73,14 @@ const bounds: Record<Exponential, { all: number; row: number; lse: number }> = {
   fast: { all: 0.054, row: 0.11, lse: 0.04 },
 };
 
+/**
+ * The log-sum-exp of fast exponentials is that of P as it was coded. On CUDA a maximum is kept until a score exceeds it
+ * by 4 (base 2), so the largest P of a row is not exact either, which shows with few keys.
+ */
 function boundsOf(device: Device, exponential: Exponential): typeof bounds.exact {
   const bound = bounds[exponential];
-  return { ...bound, lse: lseRoom(device, "sage2") * bound.lse };
+  const room = device.kind === "cuda" && exponential === "fast" ? 1.5 : 1;
+  return { ...bound, lse: room * bound.lse };
 }
 
 /** Compares with float64: all of it, every row, and the angle; few numbers by their largest difference. */

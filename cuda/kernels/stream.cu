@@ -424,7 +424,7 @@ class CudaStream final : public Stream {
   void run_attention(const AttentionOp& op, const Lane& lane, Stages& stages) {
     const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.masking);
     if (op.plan.kernel == Kernel::kFlash) return run_flash(op, shape, lane, stages);
-    if (op.plan.kernel == Kernel::kSage2 && op.plan.architecture == 90) return run_sage2(op, shape, lane, stages);
+    if (is_hopper_sage2(op.plan)) return run_sage2(op, shape, lane, stages);
     run_sage(op, SageWorkspace(shape, op.plan), lane, stages);
   }
 
@@ -558,11 +558,22 @@ class CudaStream final : public Stream {
     run.o = op.o;
     run.lse = op.lse;
     run.packed = layout.at(lane.memory, op.plan);
+    run.masking = op.masking;
     run.causal = op.causal;
     run.scale = op.scale;
     run.plan = op.plan;
+    if (op.plan.smooth_q) {
+      stages.begin("mean");
+      const int64_t blocks = (shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM;
+      const View mean = dense(run.packed.q_mean, DType::kF32, shape.batch, shape.q_heads, blocks, shape.head_dim);
+      launch_mean(op.q, mean, sm90::kBlockM, nullptr, lane.stream);
+    }
     stages.begin("pack");
     sm90::launch_sage2_pack(run, lane.stream);
+    if (op.plan.smooth_q) {
+      stages.begin("correct");
+      sm90::launch_sage2_shifts(run, lane.stream);
+    }
     if (op.lse && op.plan.smooth_k) {  // what lse lacks without the mean
       stages.begin("correct");
       const View mean = dense(run.packed.k_mean, DType::kF32, shape.batch, shape.kv_heads, 1, shape.head_dim);

@@ -152,11 +152,12 @@ struct QuantizedWorkspace {
 
 // Offsets for sage2 on sm_90a.
 struct Sage2Workspace {
-  size_t q, q_scales, q_bits, k, k_scales, k_bits, v, v_scales, v_bits, v_peaks, flags, next_item, k_mean, v_mean;
+  size_t q, q_scales, q_bits, k, k_scales, k_bits, v, v_scales, v_bits, v_peaks, flags, next_item, q_mean, k_mean,
+      v_mean, shifts;
   size_t bytes;
 
   Sage2Workspace(const AttentionShape& shape, const Plan& plan) {
-    const sm90::Sage2Tiles tile = sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential);
+    const sm90::Sage2Tiles tile = sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q);
     const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
     const int64_t blocks = q_planes * ((shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM);
     const int64_t tiles = k_planes * ((shape.k_tokens + tile.block_n - 1) / tile.block_n);
@@ -175,8 +176,10 @@ struct Sage2Workspace {
     v_peaks = carver.take(k_planes * dim, 4);
     flags = carver.take(k_planes, 4);
     next_item = carver.take(1, 4);
+    q_mean = carver.take_if(plan.smooth_q, blocks * shape.head_dim, 4);
     k_mean = carver.take_if(plan.smooth_k, k_planes * shape.head_dim, 4);
     v_mean = carver.take(k_planes * dim, 4);
+    shifts = carver.take_if(plan.smooth_q, blocks * (tiles / k_planes) * tile.block_n, 4);
     bytes = carver.bytes();
   }
 
@@ -196,16 +199,23 @@ struct Sage2Workspace {
     packed.v_peaks = floats(v_peaks);
     packed.flags = words(flags);
     packed.next_item = words(next_item);
+    packed.q_mean = plan.smooth_q ? floats(q_mean) : nullptr;
     packed.k_mean = plan.smooth_k ? floats(k_mean) : nullptr;
     packed.v_mean = floats(v_mean);
+    packed.shifts = plan.smooth_q ? floats(shifts) : nullptr;
     return packed;
   }
 };
 
+// sm_90a has a kernel of its own for these.
+inline bool is_hopper_sage2(const Plan& plan) {
+  return plan.architecture == 90 && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+}
+
 inline size_t attention_workspace_bytes(const AttentionShape& shape, const Plan& plan) {
   if (plan.key_splits != 0) return decode_workspace_bytes(shape, plan.key_splits);
   if (plan.kernel == Kernel::kFlash) return FlashWorkspace(shape, plan).carver.bytes();
-  if (plan.kernel == Kernel::kSage2 && plan.architecture == 90) return Sage2Workspace(shape, plan).bytes;
+  if (is_hopper_sage2(plan)) return Sage2Workspace(shape, plan).bytes;
   return SageWorkspace(shape, plan).bytes;
 }
 

@@ -27,6 +27,7 @@ struct PackArguments {
   unsigned q_items, kv_items;  // of all
   int64_t q_rows;              // of one plane, padded to whole query blocks
   float factor;                // of q_scales
+  float range;                 // largest code of Q and K
   bool centre_all;             // V's first tile too
 };
 
@@ -263,11 +264,11 @@ __device__ __forceinline__ float fold_groups(float (&largest)[8]) {
 
 __device__ __forceinline__ int bit_reversed(int group) { return (group & 1) << 2 | (group & 2) | group >> 2; }
 
-enum class Rows { kQueries, kKeys, kWholeKeys };
+enum class Rows { kQueries, kSmoothQueries, kKeys, kWholeKeys };
 
 template <class C, Rows kWhich>
 __device__ __forceinline__ void pack_rows(const PackArguments& a, unsigned item) {
-  constexpr bool kKeys = kWhich != Rows::kQueries;
+  constexpr bool kKeys = kWhich == Rows::kKeys || kWhich == Rows::kWholeKeys;
   const int octet = threadIdx.x % C::kOctets, channel = octet * 8;
   const int set = threadIdx.x / C::kOctets, t = set % 4, span = set / 4;
   const unsigned tiles = kKeys ? a.kv_tiles : a.q_tiles, plane = item / tiles, tile = item % tiles;
@@ -285,6 +286,12 @@ __device__ __forceinline__ void pack_rows(const PackArguments& a, unsigned item)
     ptx::wait_for_previous_kernel();
     const float* const means = a.packed.k_mean;
     load_mean(mean, means == nullptr ? means : means + int64_t{plane} * tensor.channels, tensor.channels, channel);
+  }
+  if constexpr (kWhich == Rows::kSmoothQueries) {
+    const int64_t block = min(span_row / kBlockM, a.q_rows / kBlockM - 1) + plane * (a.q_rows / kBlockM);
+    load_mean(mean, a.packed.q_mean + block * tensor.channels, tensor.channels, channel);
+#pragma unroll
+    for (float& x : mean) x = half_mean<C::kType>(x);
   }
   if constexpr (kWhich == Rows::kWholeKeys) {
     const auto local = [](int r) { return 8 * (r / 2) + r % 2; };
@@ -355,11 +362,11 @@ __device__ __forceinline__ void pack_rows(const PackArguments& a, unsigned item)
     float most = 0.0f;
 #pragma unroll
     for (const auto& of_span : maxima) most = fmaxf(most, of_span[t]);
-    const Scale scale = make_scale(most, kInt8Range);
+    const Scale scale = make_scale(most, a.range);
     if (octet == 0 && span == 0) a.packed.k_scales[int64_t{item} * 4 + t] = scale.scale;
     inverse[0] = scale.inverse;
   } else {
-    const Scale scale = make_scale(fold_groups<C::kOctets>(largest), kInt8Range);
+    const Scale scale = make_scale(fold_groups<C::kOctets>(largest), a.range);
 #pragma unroll
     for (int g = 0; g < kGroups; g++) {
       inverse[g] = __shfl_sync(~0u, scale.inverse, bit_reversed(g), C::kOctets);
@@ -554,11 +561,18 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
 
 // ---- kernels ----------------------------------------------------------------------------------------------------
 
-// Blocks of queries come first: they need no mean, and what they touch is free when the sample's blocks have started.
+template <class C>
+__device__ __forceinline__ void pack_queries(const PackArguments& a, unsigned item) {
+  if (a.packed.q_mean == nullptr) return pack_rows<C, Rows::kQueries>(a, item);
+  pack_rows<C, Rows::kSmoothQueries>(a, item);
+}
+
+// Blocks of queries come first: what they read (means included) and touch is free when the sample's blocks have
+// started.
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks) pack_kernel(const __grid_constant__ PackArguments a) {
   ptx::let_next_kernel_start();
-  if (blockIdx.x < a.q_items) return pack_rows<C, Rows::kQueries>(a, blockIdx.x);
+  if (blockIdx.x < a.q_items) return pack_queries<C>(a, blockIdx.x);
   const unsigned item = blockIdx.x - a.q_items;
   if (item < a.kv_items) return pack_values<C, Values::kSampled>(a, item);
   pack_rows<C, Rows::kKeys>(a, item - a.kv_items);
@@ -574,7 +588,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kWholeBlocks)
   if (blockIdx.x < a.kv_items) return pack_values<C, Values::kWhole>(a, blockIdx.x);
   const unsigned item = blockIdx.x - a.kv_items;
   if (item < a.kv_items) return pack_rows<C, Rows::kWholeKeys>(a, item);
-  if (item - a.kv_items < a.q_items) pack_rows<C, Rows::kQueries>(a, item - a.kv_items);
+  if (item - a.kv_items < a.q_items) pack_queries<C>(a, item - a.kv_items);
 }
 
 template <class C>
@@ -609,6 +623,7 @@ void launch_pack_of(const Sage2Op& op, CUstream_st* stream) {
   a.q_items = static_cast<unsigned>(op.q.batch() * op.q.heads()) * a.q_tiles;
   a.kv_items = static_cast<unsigned>(op.k.batch() * op.k.heads()) * a.kv_tiles;
   a.factor = op.scale * kLog2e;
+  a.range = op.plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
   a.centre_all = op.plan.smooth_v;
   if (a.kv_tiles <= kMostTiles) {
     const unsigned q_clusters = (a.q_items + a.kv_tiles - 1) / a.kv_tiles;
@@ -626,7 +641,6 @@ void launch_pack_of(const Sage2Op& op, CUstream_st* stream) {
 }  // namespace
 
 void launch_sage2_pack(const Sage2Op& op, CUstream_st* stream) {
-  if (op.plan.smooth_q) SAGE_FAIL(SAGE_INTERNAL, "Cannot smooth Q while packing it for sage2");
   for_float_type(op.q.dtype, [&](auto type) {
     constexpr DType kType = decltype(type)::value;
     const int head_dim = op.plan.padded_head_dim, tokens = op.plan.block_k;

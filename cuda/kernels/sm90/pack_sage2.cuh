@@ -10,6 +10,18 @@ namespace sage::cuda::sm90 {
 // kernel start when all kernels before it are done.
 void launch_sage2_sample(const Sage2Op& op, CUstream_st* stream);
 
+// A mean of queries as both their packing and its product with the keys take it: any constant is an exact shift, and
+// this one is exact in the element type of the product, and too small for a finite query less it to overflow.
+template <DType kType>
+__device__ __forceinline__ float half_mean(float mean) {
+  if (!(fabsf(mean) < 0x1p100f)) return 0.0f;
+  if constexpr (kType == DType::kF16) {
+    return __half2float(__float2half_rn(mean));
+  } else {
+    return __bfloat162float(__float2bfloat16_rn(mean));
+  }
+}
+
 // ---- what a channel's values come to ----------------------------------------------------------------------------
 
 // Of finite values; `pivot` is one of them, or any other constant that all parts of a summary share.

@@ -21,9 +21,19 @@ struct RepairArguments {
   const uint32_t *q_bits, *k_bits, *v_bits, *flags;
   int64_t q_words, kv_words;  // of one plane
   int planes, kv_heads, group;
-  int64_t chunks;  // of kRows rows, of one head
-  bool causal;
+  int64_t chunks;     // of kRows rows, of one head
+  int64_t low, high;  // query i sees keys i + low to i + high
 };
+
+// Keys `begin` to `end`, less one.
+struct Span {
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ Span visible_keys(const RepairArguments& a, int64_t row) {
+  const int64_t begin = min(max(row + a.low, int64_t{0}), a.k.tokens);
+  return {begin, max(min(row + a.high + 1, a.k.tokens), begin)};
+}
 
 __device__ __forceinline__ float value_of(const Tensor& tensor, DType type, const char* plane, int64_t token,
                                           int channel) {
@@ -51,15 +61,20 @@ __device__ __forceinline__ uint32_t bits_below(int64_t word, int64_t end) {
   return bits >= 32 ? ~0u : bits <= 0 ? 0u : (1u << bits) - 1;
 }
 
-// Keys below `visible` that are not finite, taken by a warp: true if the score of one is not -inf, or if that of every
-// visible key is -inf, so that there is nothing to normalize.
+// Bits of tokens in word `word` that are in the span.
+__device__ __forceinline__ uint32_t bits_of_span(int64_t word, Span span) {
+  return bits_below(word, span.end) & ~bits_below(word, span.begin);
+}
+
+// Visible keys that are not finite, taken by a warp: true if the score of one is not -inf, or if that of every visible
+// key is -inf, so that there is nothing to normalize.
 __device__ __forceinline__ bool keys_break(const RepairArguments& a, const char* q, const char* k,
-                                           const uint32_t* k_bits, int64_t row, int64_t visible) {
+                                           const uint32_t* k_bits, int64_t row, Span visible) {
   const int lane = threadIdx.x % 32;
   int64_t without_weight = 0;
-  for (int64_t first = 0; first * 32 < visible; first += 32) {
+  for (int64_t first = visible.begin / 32; first * 32 < visible.end; first += 32) {
     const int64_t word = first + lane;
-    const uint32_t bits = word * 32 < visible ? k_bits[word] & bits_below(word, visible) : 0;
+    const uint32_t bits = word * 32 < visible.end ? k_bits[word] & bits_of_span(word, visible) : 0;
     for (uint32_t lanes = __ballot_sync(~0u, bits != 0); lanes != 0; lanes &= lanes - 1) {
       const int source = __ffs(lanes) - 1;
       for (uint32_t left = __shfl_sync(~0u, bits, source); left != 0; left &= left - 1) {
@@ -74,12 +89,7 @@ __device__ __forceinline__ bool keys_break(const RepairArguments& a, const char*
       }
     }
   }
-  return without_weight == visible;
-}
-
-__device__ __forceinline__ int64_t visible_keys(const RepairArguments& a, int64_t row) {
-  if (!a.causal) return a.k.tokens;
-  return min(max(row + 1 + a.k.tokens - a.q.tokens, int64_t{0}), a.k.tokens);
+  return without_weight == visible.end - visible.begin;
 }
 
 // Rows of queries that are not finite, a warp a word; the warp's lanes share the channels.
@@ -96,7 +106,8 @@ __device__ __forceinline__ void break_queries(const RepairArguments& a) {
       const Plane where{plane / q_heads, plane % q_heads};
       for (uint32_t left = __shfl_sync(~0u, bits, source); left != 0; left &= left - 1) {
         const int64_t row = word % a.q_words * 32 + __ffs(left) - 1;
-        if (visible_keys(a, row) == 0) continue;
+        const Span visible = visible_keys(a, row);
+        if (visible.begin == visible.end) continue;
         for (int c = lane; c < a.v.channels; c += 32) store_value(a.o, a.o_type, plane_of(a.o, where), row, c, nan);
         if (lane == 0 && a.lse.data != nullptr) float_at(a.lse, plane_of(a.lse, where), row, 0) = nan;
       }
@@ -135,9 +146,10 @@ __global__ void __launch_bounds__(kThreads, 3) repair_kernel(const __grid_consta
 
     __syncthreads();
     for (int r = warp; r < rows; r += kWarps) {
-      const int64_t row = first_row + r, visible = visible_keys(a, row);
+      const int64_t row = first_row + r;
+      const Span visible = visible_keys(a, row);
       bool is_broken = false;
-      if (visible > 0) {
+      if (visible.begin < visible.end) {
         is_broken = (q_bits[row / 32] >> row % 32 & 1) != 0 ||
                     ((flags & kKeyFlag) && keys_break(a, q, k, k_bits, row, visible));
       }
@@ -145,25 +157,34 @@ __global__ void __launch_bounds__(kThreads, 3) repair_kernel(const __grid_consta
     }
     __syncthreads();
 
-    // A row sees the values that the row before it sees, and more. Those of a key that is not finite have no weight,
-    // or the row is broken.
+    // A row sees the values that the row before it sees, and more, unless the window has moved off one that is not
+    // finite. Those of a key that is not finite have no weight, or the row is broken.
     if (channel < a.v.channels) {
-      int64_t seen = 0;
+      int64_t seen = 0, oldest = 0;
       float sum = 0.0f;
       bool touched = false;
       for (int r = 0; r < rows; r++) {
-        const int64_t row = first_row + r, visible = visible_keys(a, row);
-        while ((flags & kValueFlag) && seen < visible) {
+        const int64_t row = first_row + r;
+        const Span visible = visible_keys(a, row);
+        if (touched && oldest < visible.begin) {
+          seen = 0;
+          sum = 0.0f;
+          touched = false;
+        }
+        seen = max(seen, visible.begin);
+        while ((flags & kValueFlag) && seen < visible.end) {
           const int64_t word = seen / 32;
-          uint32_t bits = v_bits[word] & ~k_bits[word] & bits_below(word, visible) & ~bits_below(word, seen);
+          uint32_t bits = v_bits[word] & ~k_bits[word] & bits_of_span(word, {seen, visible.end});
           for (; bits != 0; bits &= bits - 1) {
-            const float value = value_of(a.v, a.type, v, word * 32 + __ffs(bits) - 1, channel);
+            const int64_t key = word * 32 + __ffs(bits) - 1;
+            const float value = value_of(a.v, a.type, v, key, channel);
             if (!is_finite(value)) {
+              if (!touched) oldest = key;
               sum += value;
               touched = true;
             }
           }
-          seen = min((word + 1) * 32, visible);
+          seen = min((word + 1) * 32, visible.end);
         }
         if (touched || broken[r]) store_value(a.o, a.o_type, o, row, channel, broken[r] ? nan : sum);
       }
@@ -195,7 +216,10 @@ void launch_sage2_repair(const Sage2Op& op, CUstream_st* stream) {
   a.kv_heads = static_cast<int>(op.k.heads());
   a.group = static_cast<int>(op.q.heads() / op.k.heads());
   a.chunks = (op.q.tokens() + kRows - 1) / kRows;
-  a.causal = op.causal;
+  const Masking& masking = op.masking;
+  const int64_t reach = op.q.tokens() + op.k.tokens();  // as good as no bound
+  a.high = masking.after == kUnlimited ? reach : masking.offset + masking.after;
+  a.low = masking.before == kUnlimited ? -reach : masking.offset - masking.before;
   constexpr int64_t kMostBlocks = 264;
   const int64_t items = int64_t{a.planes} * a.group * a.chunks;
   launch_overlapped(repair_kernel, static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks), kThreads, 0,

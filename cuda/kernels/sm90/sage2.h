@@ -17,8 +17,8 @@ struct Sage2Tiles {
   int v_width;  // tokens of a chunk of V: its rows have as many bytes
 };
 
-constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential) {
-  if (padded_head_dim == 64) return fast_exponential ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
+constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential, bool smooth_q) {
+  if (padded_head_dim == 64) return fast_exponential || smooth_q ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
   if (padded_head_dim == 128) return fast_exponential ? Sage2Tiles{128, 128} : Sage2Tiles{192, 64};
   return {128, 128};
 }
@@ -47,8 +47,12 @@ struct Sage2Packed {
   float* v_peaks;    // [Hkv planes][padded_head_dim], for the packers alone: of channels whose scale came out too small
   uint32_t* flags;   // [Hkv planes]: of the constants below
   uint32_t* next_item;  // one word, 0: packing clears it, attention counts
+  float* q_mean;        // [Hq planes][query blocks][D], of each block, or null
   float* k_mean;        // [Hkv planes][D] or null
   float* v_mean;        // [Hkv planes][padded_head_dim]
+  // Where queries are smoothed: what that takes from the scores of a block with a key, base 2. Keys are permuted within
+  // every 16: position 4c + e (c, e = 0..3) holds key 2c + (e & 1) + 8 * (e >> 1).
+  float* shifts;  // [Hq planes][query blocks][tiles * block_n]
 };
 // V's tokens are permuted within every 32, so that the fragment of scores, packed to bytes, is the fragment of P:
 // position 4c + e (c, e = 0..3) holds token 2c + (e & 1) + 8 * (e >> 1), position 16 + 4c + e the one 16 further.
@@ -68,13 +72,17 @@ struct Sage2Op {
   View q, k, v, o, lse;  // as given; lse may be absent
   bool adds_lse;         // to what lse holds: scale * q . k_mean
   Sage2Packed packed;
+  Masking masking;  // its window alone
   bool causal;
   float scale;
   Plan plan;
 };
 
 // Means (in a long context: of a sample of the tokens), scales, codes, bits and flags, in one pass over Q, K and V.
+// Codes of Q and K are at most `range`. Where queries are smoothed, q_mean must be there.
 void launch_sage2_pack(const Sage2Op& op, CUstream_st* stream);
+// After packing, where queries are smoothed: packed.shifts.
+void launch_sage2_shifts(const Sage2Op& op, CUstream_st* stream);
 void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream);
 // Rows that see something that is not finite.
 void launch_sage2_repair(const Sage2Op& op, CUstream_st* stream);

@@ -1,5 +1,5 @@
-// From a packed operation to the instance of the sage2 kernel that its head dimension and exponential take.
-#include "sage2_attention.cuh"
+// From a packed operation to the parameters of the sage2 kernel, and to the instances of its head dimension.
+#include "sage2_launch.cuh"
 
 namespace sage::cuda::sm90 {
 namespace {
@@ -44,40 +44,26 @@ Sage2Params make_params(const Sage2Op& op) {
   params.run_planes = Divisor(static_cast<uint32_t>(run));
   params.run_items = Divisor(static_cast<uint32_t>(run * blocks));
   params.last_run_planes = Divisor(static_cast<uint32_t>(planes % run == 0 ? run : planes % run));
-  params.causal = op.causal;
+  const Masking& masking = op.masking;
+  const int64_t reach = op.q.tokens() + op.k.tokens();  // as good as no bound
+  const bool ends = masking.after != kUnlimited, begins = masking.before != kUnlimited;
+  params.high = static_cast<int>(std::clamp(ends ? masking.offset + masking.after : reach, -reach, reach));
+  params.low = static_cast<int>(std::clamp(begins ? masking.offset - masking.before : -reach, -reach, reach));
+  params.begins = begins;
+  params.longest_first = ends && !begins;
   params.whole_mean = op.plan.smooth_v;
   params.largest = largest_finite(op.v.dtype);
   return params;
 }
 
-template <class C>
-void launch(const Sage2Op& op, cudaStream_t stream) {
-  Sage2Params params = make_params(op);
-  params.tiles = (params.k_tokens + C::kBlockN - 1) / C::kBlockN;
-  int device = 0, multiprocessors = 0;
-  SAGE_CUDA(cudaGetDevice(&device));
-  SAGE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  SAGE_CUDA(cudaFuncSetAttribute(sage2_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-  const unsigned blocks = std::min(static_cast<unsigned>(multiprocessors), params.items);
-  launch_overlapped(sage2_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, params);
-}
-
-template <int kHeadDim>
-void launch_for(const Sage2Op& op, cudaStream_t stream) {
-  if (op.plan.fast_exponential) {
-    launch<Sage2Config<kHeadDim, true>>(op, stream);
-  } else {
-    launch<Sage2Config<kHeadDim, false>>(op, stream);
-  }
-}
-
 }  // namespace
 
 void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream) {
+  const Sage2Params params = make_params(op);
   switch (op.plan.padded_head_dim) {
-    case 64: return launch_for<64>(op, stream);
-    case 128: return launch_for<128>(op, stream);
-    default: return launch_for<256>(op, stream);
+    case 64: return launch_sage2_d64(op, params, stream);
+    case 128: return launch_sage2_d128(op, params, stream);
+    default: return launch_sage2_d256(op, params, stream);
   }
 }
 

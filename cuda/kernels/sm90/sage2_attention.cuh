@@ -50,15 +50,20 @@ struct Sage2Params {
   uint32_t items, planes;
   // Causal: runs of planes whose K and V stay in the cache together; the last run may be shorter.
   Divisor run_planes, run_items, last_run_planes;
-  bool causal, whole_mean;  // whole_mean: V's first tile is less its mean too
-  float largest;            // that V can hold
+  int low, high;                   // query i sees keys i + low to i + high
+  bool begins;                     // low may be above the first key
+  bool longest_first, whole_mean;  // whole_mean: V's first tile is less its mean too
+  float largest;                   // that V can hold
 };
 
-template <int kHeadDim_, bool kFast_>
+// kSmooth: queries are less the mean of their block, and what that takes from the scores of a key, one number for the
+// whole block, comes with the key. kSums: the row sums of P before it is rounded are wanted, for the log-sum-exp.
+template <int kHeadDim_, bool kFast_, bool kSmooth_ = false, bool kSums_ = false>
 struct Sage2Config {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kFast = kFast_;
-  static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast);
+  static constexpr bool kFast = kFast_, kSmooth = kSmooth_, kSums = kSums_;
+  static_assert(!kFast || (!kSmooth && !kSums), "fast exponentials are codes from the start, of integer scores");
+  static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast, kSmooth);
   static constexpr int kBlockN = kTiles.block_n, kVWidth = kTiles.v_width;
   static constexpr int kStages = kHeadDim == 256 ? 2 : 3;
   static constexpr int kQueryBuffers = kHeadDim == 256 ? 1 : 2;
@@ -86,7 +91,8 @@ struct Sage2Config {
                        kKeyAt = kQueryAt + kQueryBuffers * kQueryBytes;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyStage, kTotalAt = kValueAt + kStages * kValueStage;
   static constexpr int kTotalBytes = kHeadDim == 256 || (kHeadDim == 128 && !kFast) ? 2 : 4;  // a number of the total
-  static constexpr int kSharedBytes = kTotalAt + kBlockM * kHeadDim * kTotalBytes;
+  static constexpr int kShiftAt = kTotalAt + kBlockM * kHeadDim * kTotalBytes, kShiftBytes = kBlockN * 4;
+  static constexpr int kSharedBytes = kShiftAt + (kSmooth ? kStages * kShiftBytes : 0);
   static constexpr int kScores = kBlockN / 2, kOutputs = kValueWidth / 2, kWeights = kBlockN / 8;  // registers
   static_assert(kSharedBytes <= 232448 && kBlockN % 32 == 0 && kBlockN % kVWidth == 0);
 };
@@ -135,15 +141,18 @@ struct Ring {
 struct Item {
   uint32_t plane, kv_plane;
   int batch, head, block;
-  int tiles;       // that any row sees
-  int open_tiles;  // that every row sees whole
+  int first_tile, end_tile;  // that any row sees
 };
+
+// The first and the last key that a query sees; it sees none where the last comes before the first.
+__device__ __forceinline__ int first_key(const Sage2Params& p, int row) { return max(row + p.low, 0); }
+__device__ __forceinline__ int last_key(const Sage2Params& p, int row) { return min(row + p.high, p.k_tokens - 1); }
 
 template <class C>
 __device__ __forceinline__ Item item_at(const Sage2Params& p, uint32_t index) {
   Item item;
   const uint32_t blocks = p.q_blocks.divisor;
-  if (p.causal) {  // the longest first, among planes that share the cache
+  if (p.longest_first) {  // among planes that share the cache
     const uint32_t run = p.run_items.quotient(index), first = run * p.run_planes.divisor;
     const uint32_t rest = index - run * p.run_items.divisor;
     const bool whole = first + p.run_planes.divisor <= p.planes;
@@ -158,14 +167,10 @@ __device__ __forceinline__ Item item_at(const Sage2Params& p, uint32_t index) {
   item.batch = static_cast<int>(batch);
   item.head = static_cast<int>(head);
   item.kv_plane = batch * p.kv_heads + p.group.quotient(head);
-  int first = p.k_tokens, last = p.k_tokens;  // how many keys the first and the last row see
-  if (p.causal) {
-    const int shift = p.k_tokens - p.q_tokens + 1, row = item.block * kBlockM;
-    first = max(0, min(first, row + shift));
-    last = max(0, min(last, min(row + kBlockM, p.q_tokens) - 1 + shift));
-  }
-  item.open_tiles = first / C::kBlockN;
-  item.tiles = (last + C::kBlockN - 1) / C::kBlockN;
+  const int first_row = item.block * kBlockM, last_row = min(first_row + kBlockM, p.q_tokens) - 1;
+  const auto tiles_of = [](int keys) { return (keys + C::kBlockN - 1) / C::kBlockN; };
+  item.first_tile = first_key(p, first_row) / C::kBlockN;
+  item.end_tile = max(tiles_of(max(last_key(p, last_row) + 1, 0)), item.first_tile);
   return item;
 }
 
@@ -252,6 +257,7 @@ struct Exponentials {
 struct RowState {
   float maximum[2] = {-INFINITY, -INFINITY};
   float sum[2] = {};
+  float exact[2] = {};  // a lane's share of the row sum of P before it was rounded
 };
 
 __device__ __forceinline__ float reciprocal(float x) {
@@ -285,33 +291,42 @@ __device__ __forceinline__ float addend_of(float maximum) {
 // The first of a lane's rows, in its block.
 __device__ __forceinline__ int row_of_block() { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4; }
 
-// The last key that a query sees.
-__device__ __forceinline__ int last_key(const Sage2Params& p, int row) {
-  return p.causal ? min(row + p.k_tokens - p.q_tokens, p.k_tokens - 1) : p.k_tokens - 1;
+// The reduction leaves a number that lanes agree on where the compiler keeps what a warp shares.
+__device__ __forceinline__ int shared_by_warp(int x) {
+  return static_cast<int>(__reduce_or_sync(~0u, static_cast<uint32_t>(x)));
 }
 
 // An item as one lane sees it, on its way from its first tile to its last.
 template <class C>
 struct Course {
-  uint32_t index;             // of the item
-  int tile = -1, open_tiles;  // the tile in work; those that need no mask, or kFlagged
-  int first_row;              // of the block
-  uint32_t first_tile;        // of the plane, among all
+  uint32_t index;            // of the item
+  int tile = -1;             // in work, counted from the first that any row sees
+  int first_row, first_key;  // of the block, and of its tile 0
+  uint32_t first_tile;       // that any row sees, among those of all planes
   float q_scale, next_k_scale;
+  int last_open;                       // key that every row sees, or kFlagged
   static constexpr int kFlagged = -1;  // a key of the plane is not finite
 
   __device__ __forceinline__ Course(const Sage2Params& p, uint32_t index) : index(index) {
     if (index >= p.items) return;
     const Item item = item_at<C>(p, index);
     first_row = item.block * kBlockM;
-    tile = item.tiles - 1;
+    tile = shared_by_warp(item.end_tile - item.first_tile) - 1;
     if (tile < 0) return;
-    first_tile = item.kv_plane * p.tiles;
+    const int first = shared_by_warp(item.first_tile);
+    first_tile = item.kv_plane * p.tiles + first;
+    first_key = first * C::kBlockN;
     const int64_t sixteen = (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * 8 + threadIdx.x / 32;
     q_scale = __ldg(p.packed.q_scales + sixteen * 8 + threadIdx.x % 32 / 4);
     next_k_scale = key_scale(p, tile);
     const uint32_t flags = __reduce_or_sync(~0u, __ldg(p.packed.flags + item.kv_plane));
-    open_tiles = flags & kKeyFlag ? kFlagged : item.open_tiles;
+    last_open = flags & kKeyFlag ? kFlagged : max(last_key(p, first_row), 0);
+  }
+
+  // Whether some row of the block does not see some key of the tile.
+  __device__ __forceinline__ bool is_border(const Sage2Params& p) const {
+    const int first = first_key + tile * C::kBlockN, last_row = min(first_row + kBlockM, p.q_tokens) - 1;
+    return first < sage2::first_key(p, last_row) || first + C::kBlockN - 1 > last_open;
   }
 
   __device__ __forceinline__ float key_scale(const Sage2Params& p, int of) const {
@@ -332,50 +347,90 @@ constexpr float kLeastFactor = 0x1p-19f;
 
 template <class C>
 __device__ __forceinline__ void mask(const Sage2Params& p, int (&s)[C::kScores], const Course<C>& course) {
-  const int first = course.tile * C::kBlockN + 2 * (threadIdx.x % 4), row = course.first_row + row_of_block();
-  const int limit[2] = {last_key(p, row) - first, last_key(p, row + 8) - first};
+  const int first = course.first_key + course.tile * C::kBlockN + 2 * (threadIdx.x % 4);
+  const int row = course.first_row + row_of_block();
+  const int last[2] = {last_key(p, row) - first, last_key(p, row + 8) - first};
 #pragma unroll
   for (int i = 0; i < C::kScores; i++) {
-    if (i / 4 * 8 + (i & 1) > limit[i >> 1 & 1]) s[i] = kMasked;
+    if (i / 4 * 8 + (i & 1) > last[i >> 1 & 1]) s[i] = kMasked;
+  }
+  if (!p.begins) return;
+  const int least[2] = {first_key(p, row) - first, first_key(p, row + 8) - first};
+#pragma unroll
+  for (int i = 0; i < C::kScores; i++) {
+    if (i / 4 * 8 + (i & 1) < least[i >> 1 & 1]) s[i] = kMasked;
   }
 }
 
-// Any tile: masks, keys that are not finite, and factors of any size.
+// Keys that are not finite.
 template <class C>
-__device__ __forceinline__ bool softmax_any(const Sage2Params& p, const int (&s)[C::kScores], Exponentials<C>& e,
-                                            RowState& state, float factor, const Course<C>& course,
-                                            float (&rescale)[2]) {
-  float x[C::kScores];
-  float largest[2] = {-INFINITY, -INFINITY};
-  const int c = threadIdx.x % 4, first = course.tile * C::kBlockN + 2 * c;
-  const int row = course.first_row + row_of_block();
-  const int limit[2] = {last_key(p, row) - first, last_key(p, row + 8) - first};
+__device__ __forceinline__ void mask_flagged(const Sage2Params& p, int (&s)[C::kScores], const Course<C>& course) {
   const uint32_t* const bits =
       p.packed.k_bits + static_cast<int64_t>(course.first_tile + course.tile) * (C::kBlockN / 32);
 #pragma unroll
-  for (int word32 = 0; word32 < C::kBlockN / 32; word32++) {
-    uint32_t bad = 0;
-    if (course.open_tiles == course.kFlagged) bad = __ldg(bits + word32) >> 2 * c;
+  for (int word = 0; word < C::kBlockN / 32; word++) {
+    const uint32_t bad = __ldg(bits + word) >> 2 * (threadIdx.x % 4);
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-#pragma unroll
-      for (int r = 0; r < 4; r++) {
-        const int i = word32 * 16 + n * 4 + r, column = word32 * 32 + n * 8 + (r & 1);
-        const bool masked = column > limit[r >> 1] || (bad >> (n * 8 + (r & 1)) & 1) != 0;
-        x[i] = masked ? -INFINITY : static_cast<float>(s[i]) * factor;
-        largest[r >> 1] = fmaxf(largest[r >> 1], x[i]);
-      }
+    for (int i = 0; i < 16; i++) {
+      if (bad >> (i / 4 * 8 + (i & 1)) & 1) s[16 * word + i] = kMasked;
     }
   }
-  keep_maxima(state, largest, rescale);
+}
+
+// What smoothing took from scores of the tile: four at a time, of columns 16n + 2c, + 1, + 8 and + 9.
+struct Shifts {
+  const float4* of_lane;
+  __device__ __forceinline__ float4 operator[](int n) const { return of_lane[4 * n]; }
+};
+__device__ __forceinline__ float part_of(const float4& four, int i) {
+  return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+}
+
+// P against the kept maxima: score(i, addend) is score i plus addend, base 2.
+template <class C, class Score>
+__device__ __forceinline__ void exponentiate(Exponentials<C>& e, RowState& state, const float (&rescale)[2],
+                                             Score score) {
+  float sum[2] = {};
 #pragma unroll
   for (int word = 0; word < C::kScores / 4; word++) {
     const int b = word_base(word);
     const float addend = addend_of(state.maximum[word & 1]);
-    e.put(word, ptx::exp2_approx(x[b] + addend), ptx::exp2_approx(x[b + 1] + addend),
-          ptx::exp2_approx(x[b + 4] + addend), ptx::exp2_approx(x[b + 5] + addend));
+    const auto exponential = [&](int i) { return ptx::exp2_approx(score(i, addend)); };
+    const float x[4] = {exponential(b), exponential(b + 1), exponential(b + 4), exponential(b + 5)};
+    if (C::kSums) sum[word & 1] += (x[0] + x[1]) + (x[2] + x[3]);
+    e.put(word, x[0], x[1], x[2], x[3]);
   }
+#pragma unroll
+  for (int half = 0; half < 2; half++) state.exact[half] = fmaf(state.exact[half], rescale[half], sum[half]);
+}
+
+__device__ __forceinline__ bool moves(const float (&rescale)[2]) {
   return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
+}
+
+// Exact exponentials of scores made whole, which take the place of the integers: what smoothing took is added, and
+// kMasked ones, where there may be any, are -inf. Factors are of any size.
+template <class C, bool kMaskable>
+__device__ __forceinline__ bool softmax_whole(int (&s)[C::kScores], Exponentials<C>& e, RowState& state, float factor,
+                                              Shifts shifts, float (&rescale)[2]) {
+  float largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int n = 0; n < C::kBlockN / 16; n++) {
+    float4 shift = {};
+    if constexpr (C::kSmooth) shift = shifts[n];
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+      const int score = s[8 * n + r];
+      float x = static_cast<float>(score) * factor;
+      if (C::kSmooth) x = fmaf(static_cast<float>(score), factor, part_of(shift, r / 4 * 2 + (r & 1)));
+      if (kMaskable && score == kMasked) x = -INFINITY;
+      largest[r >> 1 & 1] = fmaxf(largest[r >> 1 & 1], x);
+      s[8 * n + r] = __float_as_int(x);
+    }
+  }
+  keep_maxima(state, largest, rescale);
+  exponentiate<C>(e, state, rescale, [&](int i, float addend) { return __int_as_float(s[i]) + addend; });
+  return moves(rescale);
 }
 
 // The same from integer scores.
@@ -394,7 +449,7 @@ __device__ __forceinline__ bool keep_integer_maxima(const int (&s)[C::kScores], 
     largest[half] = bits[half] == kMasked ? -INFINITY : static_cast<float>(bits[half]) * factor;
   }
   keep_maxima(state, largest, rescale);
-  return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
+  return moves(rescale);
 }
 
 // Exact exponentials.
@@ -402,13 +457,8 @@ template <class C>
 __device__ __forceinline__ bool softmax_exact(const int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
                                               float factor, float (&rescale)[2]) {
   const bool moved = keep_integer_maxima<C>(s, state, factor, rescale);
-#pragma unroll
-  for (int word = 0; word < C::kScores / 4; word++) {
-    const int b = word_base(word);
-    const float addend = addend_of(state.maximum[word & 1]);
-    const auto exponential = [&](int i) { return ptx::exp2_approx(fmaf(static_cast<float>(s[i]), factor, addend)); };
-    e.put(word, exponential(b), exponential(b + 1), exponential(b + 4), exponential(b + 5));
-  }
+  exponentiate<C>(e, state, rescale,
+                  [&](int i, float addend) { return fmaf(static_cast<float>(s[i]), factor, addend); });
   return moved;
 }
 
@@ -475,15 +525,20 @@ __device__ __forceinline__ bool softmax_codes(const int (&s)[C::kScores], Expone
 // P of a tile. Whether maxima moved: then what was summed for them takes `rescale`.
 template <class C>
 __device__ __forceinline__ bool softmax(const Sage2Params& p, int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
-                                        Course<C>& course, bool first, float (&rescale)[2]) {
+                                        Course<C>& course, Shifts shifts, bool first, float (&rescale)[2]) {
   const float factor = course.factor(p);
-  const bool masked = course.tile >= course.open_tiles;
-  bool any = C::kFast ? course.open_tiles == course.kFlagged : masked;
+  const bool masked = course.is_border(p), flagged = course.last_open == course.kFlagged;
+  bool any = C::kFast ? flagged : masked;
   if (C::kFast) any |= __any_sync(~0u, !(factor >= kLeastFactor && factor < kMostFactor));
-  if (any) return softmax_any<C>(p, s, e, state, factor, course, rescale);
-  if (C::kFast && masked) mask<C>(p, s, course);
+  if (masked) mask<C>(p, s, course);
+  if (any) {
+    if (flagged) mask_flagged<C>(p, s, course);
+    return softmax_whole<C, true>(s, e, state, factor, shifts, rescale);
+  }
   if constexpr (C::kFast) {
     return softmax_codes<C>(s, e, state, factor, first, rescale);
+  } else if constexpr (C::kSmooth) {
+    return softmax_whole<C, false>(s, e, state, factor, shifts, rescale);
   } else {
     return softmax_exact<C>(s, e, state, factor, rescale);
   }
@@ -642,7 +697,8 @@ __device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& ite
   const int c = threadIdx.x % 4;
   const float* scales = p.packed.v_scales + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
   const float* means = p.packed.v_mean + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
-  const bool visible_row[2] = {last_key(p, first_row) >= 0, last_key(p, first_row + 8) >= 0};
+  const bool visible_row[2] = {last_key(p, first_row) >= first_key(p, first_row),
+                               last_key(p, first_row + 8) >= first_key(p, first_row + 8)};
 #pragma unroll
   for (int n = 0; n < C::kHeadDim / 8; n++) {
     const float2 scale = __ldg(reinterpret_cast<const float2*>(scales + 8 * n));
@@ -658,11 +714,16 @@ __device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& ite
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = first_row + 8 * half;
+    float sum = state.sum[half];
+    if (C::kSums) {
+      sum = state.exact[half] + __shfl_xor_sync(~0u, state.exact[half], 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+    }
     at[half] = row < p.q_tokens ? item.batch * p.o_stride[0] + item.head * p.o_stride[1] + row * p.o_stride[2] : -1;
     if (p.lse == nullptr || c != 0 || row >= p.q_tokens) continue;
     float& lse = p.lse[item.batch * p.lse_stride[0] + item.head * p.lse_stride[1] + row * p.lse_stride[2]];
-    const float own = (state.maximum[half] - kOffset + log2f(state.sum[half])) * kLn2;
-    lse = visible_row[half] && state.sum[half] > 0.0f ? (p.adds_lse ? lse + own : own) : -INFINITY;
+    const float own = (state.maximum[half] - kOffset + log2f(sum)) * kLn2;
+    lse = visible_row[half] && sum > 0.0f ? (p.adds_lse ? lse + own : own) : -INFINITY;
   }
   if (p.vectors) {
     const bool f16 = p.out_dtype == DType::kF16;
@@ -709,7 +770,7 @@ __device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& ite
 
 template <class C>
 struct Rings {
-  Ring<C::kStages> keys, values;
+  Ring<C::kStages> keys, values, shifts;  // shifts are done with when the values are
   Ring<C::kQueryBuffers> queries;
   uint32_t* items;  // whose queries are in a buffer; kNoItem: there are no more
   static constexpr uint32_t kNoItem = ~0u;
@@ -717,7 +778,8 @@ struct Rings {
   __device__ __forceinline__ Rings(uint8_t* shared, uint32_t base)
       : keys{base},
         values{base + Ring<C::kStages>::kBytes},
-        queries{base + 2 * Ring<C::kStages>::kBytes},
+        shifts{base + 2 * Ring<C::kStages>::kBytes},
+        queries{base + 3 * Ring<C::kStages>::kBytes},
         items(reinterpret_cast<uint32_t*>(shared + C::kItemsAt)) {}
 };
 
@@ -734,21 +796,25 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
     const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles;
     const int8_t* const keys = p.packed.k + first_tile * C::kKeyBytes;
     const uint8_t* const values = p.packed.v + first_tile * (C::kBlockN * C::kHeadDim);
-    for (int tile = item.tiles - 1; tile >= 0; tile--) {
+    const int64_t block = static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block;
+    for (int tile = item.end_tile - 1; tile >= item.first_tile; tile--) {
       const uint32_t i = slot.index;
       ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
       ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes);
       ptx::copy_bulk(shared + C::kKeyAt + i * C::kKeyStage, keys + static_cast<int64_t>(tile) * C::kKeyBytes,
                      C::kKeyBytes, rings.keys.full(i));
-      if (tile == item.tiles - 1) {  // after the first keys: they do not wait for the item before
+      if (tile == item.end_tile - 1) {  // after the first keys: they do not wait for the item before
         take_query_buffer(index);
         ptx::barrier_expect(rings.queries.full(query.index), C::kQueryBytes);
-        ptx::copy_bulk(
-            shared + C::kQueryAt + query.index * C::kQueryBytes,
-            p.packed.q + (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * C::kQueryBytes,
-            C::kQueryBytes, rings.queries.full(query.index));
+        ptx::copy_bulk(shared + C::kQueryAt + query.index * C::kQueryBytes, p.packed.q + block * C::kQueryBytes,
+                       C::kQueryBytes, rings.queries.full(query.index));
       }
       ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
+      if constexpr (C::kSmooth) {
+        ptx::barrier_expect(rings.shifts.full(i), C::kShiftBytes);
+        ptx::copy_bulk(shared + C::kShiftAt + i * C::kShiftBytes,
+                       p.packed.shifts + (block * p.tiles + tile) * C::kBlockN, C::kShiftBytes, rings.shifts.full(i));
+      }
       ptx::barrier_expect(rings.values.full(i), C::kBlockN * C::kHeadDim);
       const uint8_t* const from = values + static_cast<int64_t>(tile) * (C::kBlockN * C::kHeadDim);
 #pragma unroll
@@ -758,7 +824,7 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
       }
       slot.next();
     }
-    if (item.tiles <= 0) {
+    if (item.end_tile <= item.first_tile) {
       take_query_buffer(index);
       ptx::barrier_arrive(rings.queries.full(query.index));
     }
@@ -818,6 +884,12 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
     return Course<C>(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.items + query.index, 0u) : 0u));
   };
 
+  const auto shifts_of = [&](const Slot<C::kStages>& of) -> Shifts {
+    if constexpr (!C::kSmooth) return {};
+    ptx::barrier_wait(rings.shifts.full(of.index), of.parity);
+    return {reinterpret_cast<const float4*>(shared + C::kShiftAt + of.index * C::kShiftBytes) + lane % 4};
+  };
+
   Course<C> course = next_course();
   if (C::kAhead) {
     issue_first(course);
@@ -840,7 +912,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       done(rings.keys.empty(slot.index));
       {
         Exponentials<C> e;
-        softmax<C>(p, s, e, state, course, true, rescale);
+        softmax<C>(p, s, e, state, course, shifts_of(slot), true, rescale);
         e.store(weights);
       }
       slot.next();
@@ -871,7 +943,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         ptx::product_wait<1>();
         ptx::pin(s);
         done(rings.keys.empty(slot.index));
-        const bool moved = softmax<C>(p, s, e, state, course, false, rescale);
+        const bool moved = softmax<C>(p, s, e, state, course, shifts_of(slot), false, rescale);
 
         ptx::product_wait<0>();
         ptx::pin(e.bits);
@@ -909,12 +981,13 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       ptx::pin(o);
       ptx::pin(sums);
       done(rings.values.empty(before.index));
+      const bool ends_at_first = item_at<C>(p, index).first_tile == 0;
       const float first[2] = {row_sum(0), row_sum(1)};
       take_sums();
       total.finish(o, state);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const float rest = state.sum[half] - first[half];
+        const float rest = state.sum[half] - (ends_at_first ? first[half] : 0.0f);
         centred[half] = p.whole_mean ? 1.0f : state.sum[half] > 0.0f ? rest * reciprocal(state.sum[half]) : 0.0f;
       }
     } else {
@@ -945,6 +1018,7 @@ __global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constan
   if (threadIdx.x == 0) {
     rings.keys.create();
     rings.values.create();
+    if (C::kSmooth) rings.shifts.create();
     rings.queries.create();
     ptx::barrier_init_fence();
   }

@@ -1,0 +1,34 @@
+// Which instance of the sage2 kernel an operation takes: those of a head dimension are in a file of their own.
+#pragma once
+
+#include "sage2_attention.cuh"
+
+namespace sage::cuda::sm90 {
+namespace sage2 {
+
+template <class C>
+void launch(Sage2Params params, cudaStream_t stream) {
+  params.tiles = (params.k_tokens + C::kBlockN - 1) / C::kBlockN;
+  int device = 0, multiprocessors = 0;
+  SAGE_CUDA(cudaGetDevice(&device));
+  SAGE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  SAGE_CUDA(cudaFuncSetAttribute(sage2_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+  const unsigned blocks = std::min(static_cast<unsigned>(multiprocessors), params.items);
+  launch_overlapped(sage2_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, params);
+}
+
+template <int kHeadDim>
+void launch_for(const Sage2Op& op, const Sage2Params& params, cudaStream_t stream) {
+  if (op.plan.fast_exponential) return launch<Sage2Config<kHeadDim, true>>(params, stream);
+  if (op.plan.smooth_q) return launch<Sage2Config<kHeadDim, false, true, true>>(params, stream);
+  if (op.lse) return launch<Sage2Config<kHeadDim, false, false, true>>(params, stream);
+  launch<Sage2Config<kHeadDim, false>>(params, stream);
+}
+
+}  // namespace sage2
+
+void launch_sage2_d64(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+void launch_sage2_d128(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+void launch_sage2_d256(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+
+}  // namespace sage::cuda::sm90

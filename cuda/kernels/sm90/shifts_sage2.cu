@@ -1,0 +1,171 @@
+// What smoothing queries takes from their scores: the mean of every block of queries times every key less its mean,
+// one number for a block and a key. Products are exact in f16 or bf16 (keys of f32 as a sum of three of bf16) and
+// summed in f32 by the tensor core.
+#include "../ptx/memory.cuh"
+#include "../ptx/mma.cuh"
+#include "launch.cuh"
+#include "pack_sage2.cuh"
+
+namespace sage::cuda::sm90 {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kMeans = 16 * kWarps;  // rows of a block of threads: query blocks of all heads that share keys
+constexpr int kKeys = 64;            // at a time
+
+struct ShiftArguments {
+  Tensor k;
+  const float *q_mean, *k_mean;
+  float* shifts;
+  int kv_heads, group;
+  int q_blocks;  // of one head
+  int64_t keys;  // of one row of shifts: whole tiles
+  int chunks;    // of kKeys keys
+  int parts;     // blocks of threads that share the rows of one plane
+  float factor;
+};
+
+template <DType kType, int kHeadDim>
+struct Config {
+  static constexpr DType kInput = kType;
+  static constexpr int kDim = kHeadDim, kSteps = kHeadDim / 16, kRowBytes = 2 * kHeadDim + 16;
+  static constexpr int kTerms = kType == DType::kF32 ? 3 : 1;  // of a key
+  static constexpr ptx::Operand kOperand = kType == DType::kF16 ? ptx::Operand::kF16 : ptx::Operand::kBF16;
+};
+
+template <class C>
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  if constexpr (C::kInput == DType::kF16) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// Term `term` of a row of keys: what rounding to bf16 left of the terms before.
+template <class C>
+__device__ __forceinline__ uint4 octet_of_keys(const Octet<C::kInput>& octet, int term) {
+  if constexpr (C::kTerms == 1) {
+    return make_uint4(octet.word[0], octet.word[1], octet.word[2], octet.word[3]);
+  } else {
+    float x[8];
+    unpack(octet, x);
+    for (; term > 0; term--) {
+#pragma unroll
+      for (float& value : x) value -= __bfloat162float(__float2bfloat16_rn(value));
+    }
+    return make_uint4(pair_of<C>(x[0], x[1]), pair_of<C>(x[2], x[3]), pair_of<C>(x[4], x[5]), pair_of<C>(x[6], x[7]));
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, C::kDim == 256 ? 1 : 2)
+    shifts_kernel(const __grid_constant__ ShiftArguments a) {
+  __shared__ __align__(16) uint8_t keys[kKeys * C::kRowBytes];
+  ptx::let_next_kernel_start();
+  ptx::wait_for_previous_kernel();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+  const unsigned item = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks;
+  const unsigned kv_plane = item / a.parts, part = item % a.parts;
+  const unsigned batch = kv_plane / a.kv_heads, kv_head = kv_plane % a.kv_heads;
+  // Query heads that share keys follow each other, and so do their blocks.
+  const int rows = a.group * a.q_blocks, first_row = static_cast<int>(part) * kMeans + 16 * warp + g;
+  const int64_t plane_row = (int64_t{batch} * a.kv_heads + kv_head) * rows;
+  const int channels = a.k.channels;
+
+  uint32_t mean[C::kSteps][4];
+  float less[2] = {};  // the mean of queries times that of keys
+#pragma unroll
+  for (int step = 0; step < C::kSteps; step++) {
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const int row = first_row + 8 * (r & 1), channel = 16 * step + 2 * c + 8 * (r >> 1);
+      float x[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const bool exists = row < rows && channel + i < channels;
+        x[i] = exists ? half_mean<C::kInput>(a.q_mean[(plane_row + row) * channels + channel + i]) : 0.0f;
+        if (exists && a.k_mean != nullptr) less[r & 1] += x[i] * a.k_mean[int64_t{kv_plane} * channels + channel + i];
+      }
+      mean[step][r] = pair_of<C>(x[0], x[1]);
+    }
+  }
+#pragma unroll
+  for (float& x : less) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    x += __shfl_xor_sync(~0u, x, 2);
+  }
+
+  const char* const from = plane_of(a.k, Plane{batch, kv_head});
+  const int64_t first_key = int64_t{chunk} * kKeys;
+  float sum[kKeys / 8][4] = {};
+#pragma unroll 1
+  for (int term = 0; term < C::kTerms; term++) {
+    if (term > 0) __syncthreads();
+    for (int i = threadIdx.x; i < kKeys * C::kDim / 8; i += kThreads) {
+      const int key = i / (C::kDim / 8), octet = i % (C::kDim / 8);
+      Octet<C::kInput> raw[1];
+      load_rows(raw, a.k, from, first_key + key, 1, a.k.tokens, 8 * octet);
+      *reinterpret_cast<uint4*>(keys + key * C::kRowBytes + 16 * octet) = octet_of_keys<C>(raw[0], term);
+    }
+    __syncthreads();
+    // Matrices: keys 0-7 and 8-15 of 16, their channels 0-7 and 8-15 of 16.
+    const uint32_t at = ptx::shared_address(keys) + (lane % 8 + lane / 16 * 8) * C::kRowBytes + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; n++) {
+#pragma unroll
+      for (int step = 0; step < C::kSteps; step++) {
+        uint32_t b[4];
+        ptx::load_matrices(b, at + 16 * n * C::kRowBytes + 32 * step);
+        ptx::mma<C::kOperand>(sum[2 * n], mean[step], b[0], b[1], sum[2 * n]);
+        ptx::mma<C::kOperand>(sum[2 * n + 1], mean[step], b[2], b[3], sum[2 * n + 1]);
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = first_row + 8 * half;
+    if (row >= rows) continue;
+    float* const to = a.shifts + (plane_row + row) * a.keys + first_key + 4 * c;
+#pragma unroll
+    for (int n = 0; n < kKeys / 16; n++) {
+      const auto shift = [&](int i, int e) { return (sum[2 * n + i][2 * half + e] - less[half]) * a.factor; };
+      *reinterpret_cast<float4*>(to + 16 * n) = make_float4(shift(0, 0), shift(0, 1), shift(1, 0), shift(1, 1));
+    }
+  }
+}
+
+template <DType kType, int kHeadDim>
+void launch_for(const ShiftArguments& a, unsigned blocks, cudaStream_t stream) {
+  launch_overlapped(shifts_kernel<Config<kType, kHeadDim>>, blocks, kThreads, 0, stream, a);
+}
+
+}  // namespace
+
+void launch_sage2_shifts(const Sage2Op& op, CUstream_st* stream) {
+  ShiftArguments a{};
+  a.k = make_tensor(op.k);
+  a.q_mean = op.packed.q_mean;
+  a.k_mean = op.packed.k_mean;
+  a.shifts = op.packed.shifts;
+  a.kv_heads = static_cast<int>(op.k.heads());
+  a.group = static_cast<int>(op.q.heads() / op.k.heads());
+  a.q_blocks = static_cast<int>((op.q.tokens() + kBlockM - 1) / kBlockM);
+  a.keys = (op.k.tokens() + op.plan.block_k - 1) / op.plan.block_k * op.plan.block_k;
+  a.chunks = static_cast<int>(a.keys / kKeys);
+  a.parts = (a.group * a.q_blocks + kMeans - 1) / kMeans;
+  a.factor = op.scale * kLog2e;
+  const auto blocks = static_cast<unsigned>(op.k.batch() * a.kv_heads * a.parts * a.chunks);
+  for_float_type(op.k.dtype, [&](auto type) {
+    constexpr DType kType = decltype(type)::value;
+    switch (op.plan.padded_head_dim) {
+      case 64: return launch_for<kType, 64>(a, blocks, stream);
+      case 128: return launch_for<kType, 128>(a, blocks, stream);
+      default: return launch_for<kType, 256>(a, blocks, stream);
+    }
+  });
+}
+
+}  // namespace sage::cuda::sm90
