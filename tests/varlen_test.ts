@@ -7,7 +7,6 @@ import {
   attentionVarlen,
   type FloatDType,
   type Layout,
-  type SequenceStarts,
   type Tensor,
   UnsupportedError,
 } from "../mod.ts";
