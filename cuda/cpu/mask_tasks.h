@@ -67,12 +67,19 @@ struct AddedMask {
   }
 };
 
+// Of a comparison: whether it holds everywhere.
 template <class Vector>
 SAGE_INLINE bool all_set(Vector x) {
+#if defined(SAGE_AVX512)
+  return _mm512_movepi8_mask((__m512i)x) == ~uint64_t(0);
+#elif defined(SAGE_AVX2)
+  return _mm256_movemask_epi8((__m256i)x) == -1;
+#else
   uint64_t words[sizeof x / 8], result = ~uint64_t(0);
   memcpy(words, &x, sizeof x);
   for (const uint64_t word : words) result &= word;
   return result == ~uint64_t(0);
+#endif
 }
 
 // Of one row and keys [from, to).
