@@ -75,8 +75,8 @@ struct AttentionParams {
   const float *v_scales, *v_mean;  // [B, Hkv, v_dim] or null
   const float* lse_shift;          // [B, Hq, q_tokens] or null: what scores lack when they are compared with sinks
 
-  // With column terms: P is multiplied by 2^log2_range, then rounded to multiples of what 2^10 times the sum of these
-  // bits of an FP16 pair says: a power of two as it is, or no larger than P.
+  // With column terms: P is multiplied by 2^log2_range, then rounded by adding and subtracting an anchor, whose bits
+  // are (max(P, least_step) & step_mask) + step_shift in both halves of an FP16 pair; an anchor of 0 leaves P as it is.
   float log2_range, headroom;
   uint32_t least_step, step_mask, step_shift;
 };
@@ -589,7 +589,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const auto k_scale_of = [&](int tile) { return kQuantized && tile >= 0 ? k_scales[tile * p.k_groups_a_tile] : 1.0f; };
   float next_k_scale = k_scale_of(tile);  // fetched one tile ahead
   uint32_t seen = 0;                      // rows that see a key, a bit each
-  // The rows that were subtracted from this block's rows of Q, times all keys; rows of several only where not `one`.
+  // The row that was subtracted from a row of Q, times all keys; mostly all rows of a block share one.
   const bool one_delta = C::kColumnTerms && p.delta != nullptr && row0 / p.delta_rows == last_row / p.delta_rows;
   const auto delta_of = [&](int row) {
     return p.delta + (plane * p.delta_blocks + min(row, p.q_tokens - 1) / p.delta_rows) * p.k_tokens;
@@ -707,7 +707,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         // bits less, so that its product with the bias fits, and as the kept maximum is an integer.
         if (kQuantized && !C::kColumnTerms) multiplier[t][half] = float_of(bits_of(multiplier[t][half]) & ~7u);
       }
-    const auto each_score = [&](auto change) {  // t, n, e, row less lane_row, key less key0
+    const auto each_score = [&](auto change) {  // calls change(score, row tile, half, key less key0)
 #pragma unroll
       for (int n = 0; n < kNTiles; n++)
 #pragma unroll
