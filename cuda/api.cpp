@@ -283,7 +283,8 @@ Masking resolve_masking(const sage_attention_options& options, const View& q, co
   return masking;
 }
 
-AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& traits, Tensors& tensors) {
+AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& traits, Tensors& tensors,
+                           bool explains = false) {
   check_zero(kAttention, "call->reserved", call.reserved);
   check_options(call.options);
   AttentionOp op;
@@ -298,7 +299,7 @@ AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& 
   op.masking = resolve_masking(call.options, op.q, op.k);
   op.causal = op.masking.after == 0;
   AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
-  shape.lse = op.lse || call.lse.shape[0] > 0;
+  shape.lse = op.lse || (explains && call.lse.shape[0] > 0);
   op.plan = plan_attention(shape, call.options, traits);
   op.scale = resolve_scale(call.options, op.q);
   return op;
@@ -414,7 +415,7 @@ void explain(const sage_attention_call* from, sage_plan* plan) {
   check_struct(kAction, "plan", plan, sizeof *plan, sizeof *plan, false);
   const auto stream = Registry::shared().stream(call.stream);
   Tensors tensors(kAttention, stream->device);
-  const AttentionOp op = read_attention(call, stream->traits, tensors);
+  const AttentionOp op = read_attention(call, stream->traits, tensors, true);
   tensors.pin(*stream, Tensors::Absent::kAllowed);
   write_struct(kAction, "plan", plan, show(op.plan));
 }
