@@ -74,7 +74,7 @@ struct Sage2Config {
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim == 256 || (kHeadDim == 128 && kBlockN == 128);
+  static constexpr bool kTurns = kHeadDim >= 128;
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
   // Exact exponentials become codes as soon as they are there, else (faster where registers allow) with the wait for
