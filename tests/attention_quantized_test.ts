@@ -79,7 +79,8 @@ function variants(kernel: TestKernel): AttentionOptions[] {
 
 /** Whether attention() groups the rows that share a scale in another way than quantize() does. */
 function ofItsOwn({ q, k, v }: Tensors, options: AttentionOptions): boolean {
-  return options.kernel === "sage2" && explain(q, k, v, exactly(options)).architecture === "sm_90";
+  return (options.kernel === "sage2" || options.kernel === "sage2-int4") &&
+    explain(q, k, v, exactly(options)).architecture === "sm_90";
 }
 
 /** attentionQuantized() on operands quantized as attention() with the same options would. */

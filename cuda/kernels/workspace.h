@@ -157,29 +157,28 @@ struct Sage2Workspace {
   size_t bytes;
 
   Sage2Workspace(const AttentionShape& shape, const Plan& plan) {
-    const sm90::Sage2Tiles tile = sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q);
     const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
     const int64_t blocks = q_planes * ((shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM);
-    const int64_t tiles = k_planes * ((shape.k_tokens + tile.block_n - 1) / tile.block_n);
+    const int64_t tiles = k_planes * ((shape.k_tokens + plan.block_k - 1) / plan.block_k);
     const int64_t dim = plan.padded_head_dim;
 
     Carver carver;
     q = carver.take(blocks * sm90::kBlockM * dim, 1);
     q_scales = carver.take(blocks * sm90::kBlockM / 2, 4);
     q_bits = carver.take(blocks * sm90::kBlockM / 32, 4);
-    k = carver.take(tiles * tile.block_n * dim, 1);
+    k = carver.take(tiles * plan.block_k * dim, 1);
     k_scales = carver.take(tiles * 4, 4);
-    k_bits = carver.take(tiles * tile.block_n / 32, 4);
-    v = carver.take(tiles * tile.block_n * dim, 1);
+    k_bits = carver.take(tiles * plan.block_k / 32, 4);
+    v = carver.take(tiles * plan.block_k * dim, 1);
     v_scales = carver.take(k_planes * dim, 4);
-    v_bits = carver.take(tiles * tile.block_n / 32, 4);
+    v_bits = carver.take(tiles * plan.block_k / 32, 4);
     v_peaks = carver.take(k_planes * dim, 4);
     flags = carver.take(k_planes, 4);
     next_item = carver.take(1, 4);
     q_mean = carver.take_if(plan.smooth_q, blocks * shape.head_dim, 4);
     k_mean = carver.take_if(plan.smooth_k, k_planes * shape.head_dim, 4);
     v_mean = carver.take(k_planes * dim, 4);
-    shifts = carver.take_if(plan.smooth_q, blocks * (tiles / k_planes) * tile.block_n, 4);
+    shifts = carver.take_if(plan.smooth_q, blocks * (tiles / k_planes) * plan.block_k, 4);
     bytes = carver.bytes();
   }
 
