@@ -219,7 +219,10 @@ await runTask(async () => {
     await Deno.mkdir(join(root, "bench/results"), { recursive: true });
     await write();
     const { filter } = options;
-    const counts = await runSuite(root, [...filter ? ["--filter", filter] : [], "tests/"]);
+    const cores = navigator.hardwareConcurrency;
+    const counts = await runSuite(root, [...filter ? ["--filter", filter] : [], "tests/"], {
+      jobs: cores < 8 ? 1 : cores - 4,
+    });
     results.tests = { ...counts, ...filter ? { filter } : {} };
     await write();
     await Deno.rename(part, target);
