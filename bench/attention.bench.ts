@@ -1,5 +1,13 @@
 // Attention: every kernel against flash, from floating-point tensors and alone, beside others' kernels.
-import { benchCases, type Case, labels, planOf, Problem, type Variant, variants } from "./cases.ts";
+import {
+  benchCases,
+  type Case,
+  labels,
+  planOf,
+  Problem,
+  type Variant,
+  variantsOf,
+} from "./cases.ts";
 import { nameOf, speedOf } from "./format.ts";
 import { RandomTensors, type Samples, sampleTogether } from "./measure.ts";
 import { attentionRow, Peers, Skips } from "./peers.ts";
@@ -30,7 +38,7 @@ for (const one of benchCases(device, quick)) {
     deviceBench({ group, speed, ...entry });
 
   const name = (variant: Variant) => nameOf(labels(variant));
-  const able = variants.filter((variant) =>
+  const able = variantsOf(one.shape).filter((variant) =>
     planOf(device, one, variant, (reason) => skips.skip(`${name(variant)}: ${reason}`))
   );
   const measured = lazily(() => sampleGroup(one, able));

@@ -26,18 +26,28 @@ export const variants: readonly Variant[] = [
   { kernel: "sage1-int8" },
   { kernel: "sage2", exponential: "exact" },
   { kernel: "sage2", exponential: "fast" },
+  { kernel: "sage2", exponential: "exact", smoothQ: true },
+  { kernel: "sage2", exponential: "fast", band: true },
   { kernel: "sage2-int4" },
   { kernel: "sage2++" },
+  { kernel: "sage-int8" },
 ];
+
+/** Those that a mask leaves: the precision band lies along a causal one. */
+export function variantsOf({ causal }: Pick<Shape, "causal">): Variant[] {
+  return variants.filter(({ band }) => causal || !band);
+}
 
 /** What a record calls it. */
 export function labels(
-  { kernel, pvAccumulator, exponential }: Variant,
-): Pick<Row, "accumulator" | "exp"> & { kernel: Exclude<Kernel, "auto"> } {
+  { kernel, pvAccumulator, exponential, smoothQ, band }: Variant,
+): Pick<Row, "accumulator" | "exp" | "smoothQ" | "band"> & { kernel: Exclude<Kernel, "auto"> } {
   return {
     kernel: kernel as Exclude<Kernel, "auto">,
     ...pvAccumulator ? { accumulator: pvAccumulator } : {},
     ...exponential ? { exp: exponential } : {},
+    ...smoothQ ? { smoothQ } : {},
+    ...band ? { band } : {},
   };
 }
 

@@ -48,6 +48,8 @@ export interface Row {
   accumulator?: "f32" | "f16";
   /** sage2: how scores become codes of P. */
   exp?: "exact" | "fast";
+  /** Whether queries were smoothed beside keys. */
+  smoothQ?: boolean;
   /** Whether the sink and the diagonal ran in the precision of the inputs. */
   band?: boolean;
   /** Which code ran. */
@@ -67,12 +69,28 @@ export interface Row {
   blockRows?: number;
 }
 
+/** What a mask costs, or what it saves. */
+export interface MaskRow {
+  kernel: string;
+  accumulator?: "f32" | "f16";
+  exp?: "exact" | "fast";
+  smoothQ?: boolean;
+  band?: boolean;
+  what: string;
+  /** The same work without it. */
+  against: string;
+  ms: number;
+  plainMs: number;
+  noise: number;
+}
+
 /** How far a kernel was from float64 attention on the tensors of tests/data/. */
 export interface Accuracy {
   file: string;
   kernel: string;
   accumulator?: "f32" | "f16";
   exp?: "exact" | "fast";
+  smoothQ?: boolean;
   band?: boolean;
   cosine: number;
   relativeL1: number;
@@ -112,6 +130,7 @@ export interface Results {
   /** Versions of the programs that were measured beside ours. */
   peers?: Record<string, string | number>;
   rows: Row[];
+  masks?: MaskRow[];
   accuracy: Accuracy[];
 }
 
@@ -133,10 +152,13 @@ export function describe(row: Row): string {
   ].filter((part) => part !== undefined).join(" ");
 }
 
-/** A kernel and its choices: "sage1 f16", "sage2 fast". */
-export function nameOf(row: Pick<Row, "kernel" | "accumulator" | "exp" | "band">): string {
-  return [row.kernel, row.accumulator, row.exp, row.band ? "band" : undefined]
-    .filter((part) => part !== undefined).join(" ");
+/** A kernel and its choices, as records name them. */
+export type Named = Pick<Row, "kernel" | "accumulator" | "exp" | "smoothQ" | "band">;
+
+/** In words: "sage1 f16", "sage2 fast". */
+export function nameOf({ kernel, accumulator, exp, smoothQ, band }: Named): string {
+  const choices = [smoothQ ? "smoothed Q" : undefined, band ? "band" : undefined];
+  return [kernel, accumulator, exp, ...choices].filter((part) => part !== undefined).join(" ");
 }
 
 /** Floating-point operations of attention as the field counts them. */

@@ -15,10 +15,19 @@ import { build } from "../build.ts";
 import { reference } from "../examples/demo/reference.ts";
 import { BuildError, runTask } from "../tools/build/toolchain.ts";
 import { closingLine, runSuite } from "../tools/suite.ts";
-import { labels, recordCases, variants } from "./cases.ts";
+import { labels, recordCases, variantsOf } from "./cases.ts";
 import { compare, comparisonLines } from "./compare.ts";
-import { type Accuracy, describe, nameOf, type Results, type Row, speedOf } from "./format.ts";
+import {
+  type Accuracy,
+  describe,
+  type MaskRow,
+  nameOf,
+  type Results,
+  type Row,
+  speedOf,
+} from "./format.ts";
 import { driverVersion, fileName, Watcher } from "./machine.ts";
+import { maskRows } from "./masks.ts";
 import { RandomTensors } from "./measure.ts";
 import { Peers, Skips } from "./peers.ts";
 import { attentionRows, preparationRows } from "./rows.ts";
@@ -42,6 +51,15 @@ function show(row: Row): void {
     `${describe(row).padEnd(62)} ${row.ms.toPrecision(4).padStart(9)} ms ${noise.padStart(8)}  ${
       speedOf(row)
     }`,
+  );
+}
+
+function showMask(row: MaskRow): void {
+  const { what, against, ms, plainMs } = row;
+  console.log(
+    `${`${nameOf(row)}, ${what}`.padEnd(62)} ${ms.toPrecision(4).padStart(9)} ms, ${
+      (plainMs / ms).toFixed(2)
+    } × ${against}`,
   );
 }
 
@@ -75,7 +93,7 @@ async function accuracyRows(device: Device): Promise<Accuracy[]> {
     using qTensor = device.tensor(q.data, q.shape);
     using kTensor = device.tensor(k.data, k.shape);
     using vTensor = device.tensor(v.data, v.shape);
-    for (const variant of variants) {
+    for (const variant of variantsOf({ causal })) {
       try {
         using out = attention(qTensor, kTensor, vTensor, { ...variant, causal });
         const result = await out.data();
@@ -102,7 +120,7 @@ async function measureRows(
   peers: Peers | undefined,
   watcher: Watcher | undefined,
   quick: boolean,
-): Promise<{ rows: Row[]; drift: number }> {
+): Promise<{ rows: Row[]; masks: MaskRow[]; drift: number }> {
   const rows: Row[] = [], budgetMs = quick ? 30 : 50;
   const random = new RandomTensors(device), skips = new Skips((line) => console.log(line));
   const add = async (measure: () => Promise<Row[]>) => {
@@ -123,7 +141,9 @@ async function measureRows(
   }
   const [again] = await attentionRows(random, cases[0], budgetMs, skips);
   const first = rows.find((row) => describe(row) === describe(again))!;
-  return { rows, drift: Math.abs(again.ms / first.ms - 1) };
+  const masks = quick ? [] : await maskRows(random, budgetMs, skips);
+  masks.forEach(showMask);
+  return { rows, masks, drift: Math.abs(again.ms / first.ms - 1) };
 }
 
 function rounded(_key: string, value: unknown): unknown {
@@ -165,7 +185,7 @@ await runTask(async () => {
   const accuracy = await accuracyRows(device);
   const watcher = kind === "cuda" ? new Watcher() : undefined;
   const copyTbs = await peers?.copy(device, 2 ** 30);
-  const { rows, drift } = await measureRows(device, peers, watcher, options.quick);
+  const { rows, masks, drift } = await measureRows(device, peers, watcher, options.quick);
   const results: Results = {
     device: name,
     features,
@@ -180,6 +200,7 @@ await runTask(async () => {
     drift,
     peers: peers?.versions,
     rows,
+    masks,
     accuracy,
   };
   console.log(`measured in ${((performance.now() - began) / 1e3).toFixed(0)} s`);
@@ -198,7 +219,10 @@ await runTask(async () => {
     await Deno.mkdir(join(root, "bench/results"), { recursive: true });
     await write();
     const { filter } = options;
-    const counts = await runSuite(root, [...filter ? ["--filter", filter] : [], "tests/"]);
+    const cores = navigator.hardwareConcurrency;
+    const counts = await runSuite(root, [...filter ? ["--filter", filter] : [], "tests/"], {
+      jobs: cores < 8 ? 1 : cores - 4,
+    });
     results.tests = { ...counts, ...filter ? { filter } : {} };
     await write();
     await Deno.rename(part, target);

@@ -1,7 +1,10 @@
-// Turns the records into docs/benchmarks.md, docs/scaling.md, their pictures and the README's figures.
+// Turns the records into docs/benchmarks.md, docs/scaling.md, docs/accuracy.md, their pictures and the README's
+// figures.
 import { parseArgs } from "@std/cli/parse-args";
 import { basename, fromFileUrl, join } from "@std/path";
 import { BuildError, runTask } from "../tools/build/toolchain.ts";
+import { accuracyPage, type Figures, figuresPath } from "./accuracy_page.ts";
+import { accuracyPicture } from "./accuracy_picture.ts";
 import type { Results } from "./format.ts";
 import { draw, loadVega, type Picture, pictures } from "./report_pictures.ts";
 import {
@@ -20,6 +23,7 @@ import {
   decodeTable,
   distinct,
   lengthTable,
+  maskTable,
   otherShapes,
   preparationTable,
   provenance,
@@ -89,6 +93,7 @@ function recordSection({ name, results }: Named): string {
     section("Decoding", decodeTable(results)),
     section("Accuracy against speed", drawn(all, "accuracy"), accuracyTable(results)),
     section("Where the time goes", drawn(all, "stages")),
+    section("Masks", maskTable(results)),
     section("Quantizing and smoothing", preparationTable(results)),
   ].filter(Boolean).join("\n\n");
 }
@@ -127,7 +132,19 @@ export const pages: readonly Page[] = [
       between(text, "records", records.map(recordSection).join("\n\n"), "docs/benchmarks.md"),
   ],
   ["docs/scaling.md", scalingPage],
+  ["docs/accuracy.md", (_, [{ results }]) => accuracyPage(readFigures(), results)],
 ];
+
+/** The figures of `deno task accuracy`. */
+export function readFigures(): Figures {
+  return JSON.parse(Deno.readTextFileSync(join(root, figuresPath)));
+}
+
+/** Every picture, of the records and of the accuracy. */
+export function allPictures(records: readonly Named[]): Picture[] {
+  const ofRecords = records.flatMap(({ name, results }) => pictures(results, name));
+  return [...ofRecords, accuracyPicture(readFigures(), records[0].results)];
+}
 
 /** Markdown as `deno fmt` leaves it. */
 export async function formatted(markdown: string): Promise<string> {
@@ -145,23 +162,41 @@ export async function formatted(markdown: string): Promise<string> {
   return new TextDecoder().decode(stdout);
 }
 
-async function writePictures(records: readonly Named[]): Promise<void> {
-  const libraries = await loadVega().catch((error) => {
+async function vega(): ReturnType<typeof loadVega> {
+  return await loadVega().catch((error) => {
     throw new BuildError(
       `Cannot draw as Vega cannot be had from npm (${error.message}); --text leaves the pictures out`,
     );
   });
+}
+
+async function writePictures(records: readonly Named[]): Promise<void> {
+  const libraries = await vega();
   const folder = join(root, "docs", pictureFolder);
   await Deno.mkdir(folder, { recursive: true });
   for (const entry of [...Deno.readDirSync(folder)]) {
     if (entry.name.endsWith(".svg")) await Deno.remove(join(folder, entry.name));
   }
-  for (const { name, results } of records) {
-    for (const picture of pictures(results, name)) {
-      await Deno.writeTextFile(join(folder, `${picture.name}.svg`), await draw(picture, libraries));
-      console.log(`docs/${pictureFolder}/${picture.name}.svg`);
-    }
-  }
+  for (const picture of allPictures(records)) await writePicture(folder, picture, libraries);
+}
+
+async function writePicture(
+  folder: string,
+  picture: Picture,
+  libraries: Awaited<ReturnType<typeof loadVega>>,
+): Promise<void> {
+  await Deno.writeTextFile(join(folder, `${picture.name}.svg`), await draw(picture, libraries));
+  console.log(`docs/${pictureFolder}/${picture.name}.svg`);
+}
+
+/** Writes docs/accuracy.md, and its picture if asked for. */
+export async function writeAccuracy(drawing: boolean): Promise<void> {
+  const [{ results }] = await readRecords(), page = "docs/accuracy.md";
+  await Deno.writeTextFile(join(root, page), await formatted(accuracyPage(readFigures(), results)));
+  console.log(page);
+  if (!drawing) return;
+  const picture = accuracyPicture(readFigures(), results);
+  await writePicture(join(root, "docs", pictureFolder), picture, await vega());
 }
 
 if (import.meta.main) {

@@ -33,7 +33,8 @@ const palette = {
 
 type Colour = keyof typeof palette;
 
-const light = (colour: Colour) => palette[colour][0];
+/** As a picture is written; a browser that prefers dark shows the other one. */
+export const light = (colour: Colour) => palette[colour][0];
 
 const solid = [1, 0], dashed = [6, 3], dotted = [2, 2];
 
@@ -51,6 +52,7 @@ const ours: Record<string, Colour> = {
   "sage2 fast": "purple",
   "sage2-int4": "gold",
   "sage2++": "pink",
+  "sage-int8": "green",
 };
 
 const others: Record<string, Colour> = {
@@ -110,7 +112,8 @@ const config = {
   view: { stroke: null },
 };
 
-function heading(text: string, subtitle: string): Record<string, unknown> {
+/** A title, and what is shown in smaller type below it. */
+export function heading(text: string, subtitle: string): Record<string, unknown> {
   return { text, subtitle };
 }
 
@@ -359,16 +362,21 @@ function accuracyPicture(results: Results, file: string): Picture | undefined {
   };
 }
 
-const accuracySize = { width: 720, height: 320 };
+/** Of a picture of error against speed. */
+export const accuracySize = { width: 720, height: 320 };
 
 /** The range of values with some room, as shares of it, before and after. */
-function widened(values: readonly number[], before: number, after: number): [number, number] {
+export function widened(
+  values: readonly number[],
+  before: number,
+  after: number,
+): [number, number] {
   const low = Math.min(...values), high = Math.max(...values), range = high - low || Math.abs(low);
   return [low - before * range, high + after * range];
 }
 
 /** Heights at which labels to the right of their marks cover neither each other nor another mark. */
-function placeLabels(marks: readonly { text: string; x: number; y: number }[]): number[] {
+export function placeLabels(marks: readonly { text: string; x: number; y: number }[]): number[] {
   const height = 15, em = 7.2, taken: { x: number; width: number; y: number }[] = [];
   return marks.map(({ text, x, y }, i) => {
     const width = text.length * em + 14;

@@ -1,5 +1,5 @@
 // Tables of a record in Markdown: what the README and docs/benchmarks.md show.
-import { type Accuracy, nameOf, type Results, type Row } from "./format.ts";
+import { type Accuracy, type Named, nameOf, type Results, type Row } from "./format.ts";
 
 // ---- Markdown ------------------------------------------------------------------------------------
 
@@ -43,15 +43,14 @@ const peerNames: Record<string, string> = {
 };
 
 /** "`sage1`, FP16 sums", "`sage2`, fast exponential, kernel alone", "PyTorch, cuDNN" */
-export function title(
-  row: Pick<Row, "kernel" | "accumulator" | "exp" | "band" | "endToEnd">,
-): string {
+export function title(row: Named & Partial<Pick<Row, "endToEnd">>): string {
   const parts = [
     peerNames[row.kernel] ?? `\`${row.kernel}\``,
     row.accumulator === "f16" ? "FP16 sums" : undefined,
     row.exp === "fast" ? "fast exponential" : undefined,
+    row.smoothQ ? "smoothed Q" : undefined,
     row.band ? "precision band" : undefined,
-    row.endToEnd ? undefined : "kernel alone",
+    row.endToEnd ?? true ? undefined : "kernel alone",
   ];
   return parts.filter((part) => part !== undefined).join(", ");
 }
@@ -130,6 +129,24 @@ function shortTable(results: Results): string {
     )
   );
   return speedTable(rows, columns, "TFLOP/s");
+}
+
+/** How much faster than the same work without a mask every kernel is. */
+export function maskTable({ masks = [] }: Results): string {
+  if (!masks.length) return "";
+  const cases = distinct(masks.map(({ what }) => what));
+  const against = (what: string) => masks.find((row) => row.what === what)!.against;
+  const body = distinct(masks.map(nameOf)).map((name) => [
+    title(masks.find((row) => nameOf(row) === name)!),
+    ...cases.map((what) => {
+      const row = masks.find((one) => nameOf(one) === name && one.what === what);
+      return row ? (row.plainMs / row.ms).toFixed(2) : "–";
+    }),
+  ]);
+  return table([
+    "speed over that without",
+    ...cases.map((what) => `${what}, over ${against(what)}`),
+  ], body);
 }
 
 /** Rows of other shapes, one a line: grouped queries, batches, heads. */

@@ -1,6 +1,6 @@
 // Rows of a record: every kernel on a case, measured in turn.
 import type { AttentionPlan, Device } from "../mod.ts";
-import { type Case, labels, planOf, Problem, type Variant, variants } from "./cases.ts";
+import { type Case, labels, planOf, Problem, type Variant, variantsOf } from "./cases.ts";
 import { nameOf, type Row } from "./format.ts";
 import { type Measurement, measureTogether, type RandomTensors, Timed } from "./measure.ts";
 import { attentionRow, type Skips } from "./peers.ts";
@@ -34,7 +34,7 @@ export async function attentionRows(
   skips: Skips,
 ): Promise<Row[]> {
   using problem = new Problem(random, one);
-  const able = variants.flatMap((variant) => {
+  const able = variantsOf(one.shape).flatMap((variant) => {
     const name = nameOf(labels(variant));
     const plan = planOf(random.device, one, variant, (reason) => skips.skip(`${name}: ${reason}`));
     return plan ? [{ variant, plan, timed: problem.timed(variant), stages: true }] : [];

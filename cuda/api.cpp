@@ -334,10 +334,11 @@ AttentionOp read_operands(const sage_attention_call& call, Tensors& tensors) {
   return op;
 }
 
-AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& traits, Tensors& tensors) {
+AttentionOp read_attention(const sage_attention_call& call, const DeviceTraits& traits, Tensors& tensors,
+                           bool explains = false) {
   AttentionOp op = read_operands(call, tensors);
   AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.masking);
-  shape.lse = op.lse || call.lse.shape[0] > 0;
+  shape.lse = op.lse || (explains && call.lse.shape[0] > 0);  // which may have no memory
   op.plan = plan_attention(shape, call.options, traits);
   return op;
 }
@@ -410,7 +411,7 @@ AttentionOp sequence_of(const AttentionOp& all, const sage_attention_options& op
   op.masking.alibi = all.masking.alibi;
   op.causal = op.masking.after == 0;
   AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.masking);
-  shape.lse = static_cast<bool>(op.lse);
+  shape.lse = bool(op.lse);
   op.plan = plan_attention(shape, options, traits);
   op.scale = all.scale;
   return op;
@@ -537,7 +538,7 @@ void explain(const sage_attention_call* from, sage_plan* plan) {
   check_struct(kAction, "plan", plan, sizeof *plan, sizeof *plan, false);
   const auto stream = Registry::shared().stream(call.stream);
   Tensors tensors(kAttention, stream->device);
-  const AttentionOp op = read_attention(call, stream->traits, tensors);
+  const AttentionOp op = read_attention(call, stream->traits, tensors, true);
   tensors.pin(*stream, Tensors::Absent::kAllowed);
   write_struct(kAction, "plan", plan, show(op.plan));
 }

@@ -93,16 +93,15 @@ void set_groups(Plan& plan, int32_t granularity, uint32_t q_group_rows, uint32_t
 }
 
 // Where accuracy is asked for by other options, the default is exact: sums of codes make no exact log-sum-exp.
-bool fast_exponential(Kernel kernel, int32_t option, bool smooth_q, const AttentionShape& shape,
-                      const DeviceTraits& device) {
+bool fast_exponential(const Plan& plan, int32_t option, const AttentionShape& shape, const DeviceTraits& device) {
   if (option != SAGE_EXPONENTIAL_DEFAULT) return option == SAGE_EXPONENTIAL_FAST;
-  return kernel == Kernel::kSage2 && !smooth_q && !shape.lse &&
-         (device.cpu ? cpu_fast_exponential() : cuda_fast_exponential(shape, device));
+  if (plan.kernel != Kernel::kSage2 || plan.smooth_q || shape.lse) return false;
+  return device.cpu ? cpu_fast_exponential() : cuda_fast_exponential(shape, device, plan);
 }
 
 void set_product(Plan& plan, const sage_attention_options& options, const AttentionShape& shape,
                  const DeviceTraits& device) {
-  plan.fast_exponential = fast_exponential(plan.kernel, options.exponential, plan.smooth_q, shape, device);
+  plan.fast_exponential = fast_exponential(plan, options.exponential, shape, device);
   plan.f16_accumulator = plan.kernel == Kernel::kSage1 && options.pv_accumulator == SAGE_ACCUMULATOR_F16;
   plan.p_range = plan.v_range = kE4m3Range;
   if (plan.kernel != Kernel::kSage2PP) return;

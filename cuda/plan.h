@@ -16,9 +16,9 @@ void plan_cuda_quantized(const AttentionShape& shape, const DeviceTraits& device
 Kernel cpu_auto_kernel(const AttentionShape& shape, std::string& reason);
 Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device, std::string& reason);
 
-// What SAGE_EXPONENTIAL_DEFAULT means for sage2 on a device.
+// What SAGE_EXPONENTIAL_DEFAULT means for sage2 on a device; the plan knows granularity and smoothing.
 bool cpu_fast_exponential();
-bool cuda_fast_exponential(const AttentionShape& shape, const DeviceTraits& device);
+bool cuda_fast_exponential(const AttentionShape& shape, const DeviceTraits& device, const Plan& plan);
 
 const char* kernel_name(Kernel kernel);  // "sage2++"
 

@@ -17,22 +17,6 @@ namespace {
             "Cannot run attention as " + what + " must be " + must + ": current value is " + value + ".");
 }
 
-// What no kernel here has yet; `windows`: any alignment and any window.
-void refuse_masking(const AttentionShape& shape, bool windows) {
-  const Masking& masking = shape.masking;
-  const auto check = [](const char* what, bool good, const char* must, const std::string& value) {
-    if (!good)
-      refuse(what, std::string(must) + " on a CUDA device, with kernel flash too, or the device the CPU", value);
-  };
-  check("options.alignment", windows || masking.after != 0 || masking.offset == shape.k_tokens - shape.q_tokens,
-        "bottom-right (0)", "top-left (1)");
-  check("options.windowed", windows || (masking.before == kUnlimited && masking.after <= 0), "0", "1");
-  check("options.softcap", masking.softcap == 0, "0", std::to_string(masking.softcap));
-  check("mask", !masking.mask, "absent", "given");
-  check("sinks", !masking.sinks, "absent", "given");
-  check("alibi", !masking.alibi, "absent", "given");
-}
-
 bool is_hopper(const DeviceTraits& device) { return device.compute_capability == 90; }
 
 void check_tokens(const AttentionShape& shape) {
@@ -43,14 +27,10 @@ void check_tokens(const AttentionShape& shape) {
                                   " tokens on a CUDA device: current value is " + std::to_string(tokens) + ".");
 }
 
-// What only the CPU device has, or sage2 on sm_90a.
-void check_beyond(const Plan& plan, const AttentionShape& shape, bool band) {
+// What only the CPU device has.
+void check_beyond(const Plan& plan, const AttentionShape& shape) {
   constexpr const char* kMust = "off (1) on a CUDA device (kernel flash is exact), or the device must be the CPU";
   if (plan.rotate) refuse("options.rotate", kMust, "on (2)");
-  if (plan.band && !band) {
-    refuse("options.band",
-           "off (1) on a CUDA device but for sage2 on one of compute capability 9.0, or the kernel flash", "on (2)");
-  }
   if (plan.first_token) refuse("options.first_token", kMust, "on (2)");
   if (plan.k_mean_rows < shape.k_tokens) {
     refuse("options.k_mean_rows", "0 on a CUDA device (kernel flash is exact), or the device must be the CPU",
@@ -58,12 +38,33 @@ void check_beyond(const Plan& plan, const AttentionShape& shape, bool band) {
   }
 }
 
-// sage2 and sage2-int4 on sm_90a.
-bool is_hopper_sage2(const Plan& plan, const DeviceTraits& device) {
-  return is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+// Causal masks that end at the last key, or none.
+bool has_plain_mask(const AttentionShape& shape) {
+  const Masking& masking = shape.masking;
+  const bool causal = masking.after == 0 && masking.offset == shape.k_tokens - shape.q_tokens;
+  return !cuda::is_general(masking) && masking.before == kUnlimited && (causal || masking.after == kUnlimited);
 }
 
-// What the band takes beside causal order: its tiles are copied as boxes of 16-bit numbers.
+// What keeps a call from sm_90a's own kernel of sage2 and sage2-int4; empty: nothing.
+std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) {
+  if (bits_per_element(shape.dtype) < 16) return "operands are codes";
+  if (plan.granularity != SAGE_GRANULARITY_THREAD) return "scales are not per thread";
+  if (cuda::is_general(shape.masking)) return "keys or scores are masked";
+  return "";
+}
+
+// Whether flash or sage1 runs on sm_90a's own kernel: boxes of Q, K and V, and what sage1's scales allow.
+bool suits_hopper_f16(const AttentionShape& shape, const Plan& plan) {
+  const int64_t items = shape.batch * shape.q_heads * ((shape.q_tokens + 127) / 128);
+  if (items >= int64_t{1} << 30 || !has_plain_mask(shape) || bits_per_element(shape.dtype) < 16) return false;
+  if (plan.kernel == Kernel::kFlash) return shape.dtype != DType::kF32 && shape.boxes;
+  const bool converts_v = shape.dtype != DType::kF16 || plan.smooth_v;
+  const bool groups = plan.k_grouping != Grouping::kToken && plan.k_group_rows == 64;
+  return plan.kernel == Kernel::kSage1 && groups && !plan.smooth_q && !plan.f16_accumulator &&
+         (converts_v || shape.boxes);
+}
+
+// The band on sm_90a: its tiles are copied as boxes of 16-bit numbers.
 void check_hopper_band(const AttentionShape& shape, const Plan& plan) {
   const auto check = [](bool good, const char* what, const char* must, const std::string& value) {
     if (!good) refuse(what, std::string(must) + " with options.band on (2), or the kernel flash", value);
@@ -76,15 +77,11 @@ void check_hopper_band(const AttentionShape& shape, const Plan& plan) {
   check(shape.masking.before == kUnlimited, "options.windowed", "0", "1");
 }
 
-void set_hopper_tiles(const AttentionShape& shape, Plan& plan) {
-  if (plan.granularity != SAGE_GRANULARITY_THREAD) {
-    refuse("options.granularity", "thread (4) for sage2 on a CUDA device, or the kernel flash or sage1",
-           std::to_string(plan.granularity));
-  }
+void set_hopper_sage2(const AttentionShape& shape, Plan& plan) {
+  if (plan.band) check_hopper_band(shape, plan);
   if (plan.smooth_q && plan.fast_exponential) {
     refuse("options.exponential", "exact (1) where queries are smoothed on this CUDA device", "fast (2)");
   }
-  if (plan.band) check_hopper_band(shape, plan);
   const cuda::sm90::Sage2Tiles tiles =
       cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q, plan.band);
   plan.architecture = 90;
@@ -102,53 +99,62 @@ void set_hopper_tiles(const AttentionShape& shape, Plan& plan) {
   }
 }
 
-// Whether flash or sage1 runs on sm_90a's own kernel: boxes of Q, K and V, and what sage1's scales allow.
-bool suits_hopper(const AttentionShape& shape, const Plan& plan) {
-  const int64_t items = shape.batch * shape.q_heads * ((shape.q_tokens + 127) / 128);
-  if (items >= int64_t{1} << 30) return false;
-  if (plan.kernel == Kernel::kFlash) return shape.dtype != DType::kF32 && shape.boxes;
-  const bool converts_v = shape.dtype != DType::kF16 || plan.smooth_v;
-  const bool groups = plan.k_grouping != Grouping::kToken && plan.k_group_rows == 64;
-  return groups && !plan.smooth_q && !plan.f16_accumulator && (converts_v || shape.boxes);
-}
-
-void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  check_tokens(shape);
-  plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
-  if (is_hopper_sage2(plan, device)) return set_hopper_tiles(shape, plan);
-  if (plan.kernel != Kernel::kFlash && plan.kernel != Kernel::kSage1) {
-    refuse("options.kernel",
-           std::string(is_hopper(device) ? "flash, sage1, sage2 or sage2-int4" : "flash or sage1") +
-               " on this CUDA device, or the device must be the CPU",
-           kernel_name(plan.kernel));
-  }
-  plan.architecture = 80;
-  plan.implementation = "sm_80 mma";
-  const cuda::AttentionTuning tuning = cuda::attention_tuning(plan.padded_head_dim, plan.kernel != Kernel::kFlash,
-                                                              plan.f16_accumulator, cuda::few_rows_pay(shape.k_tokens));
-  plan.block_q = tuning.block_q();
-  plan.block_k = tuning.block_k;
-}
-
 // flash for few queries, whose time is that of reading K and V.
-bool choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  if (plan.kernel != Kernel::kFlash || !cuda::decodes(shape)) return false;
+void choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  if (plan.kernel != Kernel::kFlash || !cuda::decodes(shape) || !has_plain_mask(shape)) return;
+  plan.architecture = 80;
   plan.implementation = "sm_80 mma, keys split";
   plan.block_q = cuda::kDecodeRows;
   plan.block_k = cuda::kDecodeKeys;
   plan.key_splits = cuda::decode_splits(shape, device.multiprocessors);
-  plan.workspace_bytes = cuda::decode_workspace_bytes(shape, plan.key_splits);
-  return true;
 }
 
-void choose_hopper_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  if (is_hopper_sage2(plan, device) || !is_hopper(device) || !suits_hopper(shape, plan)) return;
+void set_hopper_f16(const AttentionShape& shape, Plan& plan) {
   const cuda::sm90::F16Tiles tiles =
       cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1, shape.causal, shape.q_tokens);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = tiles.block_q;
   plan.block_k = tiles.block_k;
+}
+
+void set_portable(const AttentionShape& shape, Plan& plan) {
+  plan.architecture = 80;
+  plan.implementation = "sm_80 mma";
+  plan.block_k = 64;
+  const cuda::AttentionTuning tuning = cuda::attention_tuning(
+      plan, shape.masking, cuda::has_column_terms(plan, plan.smooth_q), static_cast<long long>(shape.k_tokens));
+  plan.block_q = tuning.block_q();
+  plan.block_k = tuning.block_k;
+}
+
+// Which kernel runs, its tiles, and why where one would expect another.
+void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  check_tokens(shape);
+  if (plan.kernel == Kernel::kSageInt8) {
+    refuse("options.kernel",
+           "flash, sage1, sage1-int8, sage2, sage2-int4 or sage2++ on this CUDA device, or the device the CPU",
+           kernel_name(plan.kernel));
+  }
+  plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
+  if (is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4)) {
+    const std::string obstacle = not_for_hopper_sage2(shape, plan);
+    if (obstacle.empty()) return set_hopper_sage2(shape, plan);
+    if (plan.band) refuse("options.band", "off (1) as " + obstacle + ", or the kernel flash", "on (2)");
+    plan.reason += "; by the portable kernel, as " + obstacle;
+    if (plan.fast_exponential) {
+      refuse("options.exponential", "default (0) or exact (1) as " + obstacle + " (flash has no choice)", "fast (2)");
+    }
+  } else if (is_hopper(device) && suits_hopper_f16(shape, plan)) {
+    return set_hopper_f16(shape, plan);
+  } else if (is_hopper(device) && !has_plain_mask(shape)) {
+    plan.reason += "; by the portable kernel, as keys or scores are masked";
+  }
+  if (plan.band) refuse("options.band", "off (1) on this CUDA device with this kernel, or the kernel flash", "on (2)");
+  if (plan.fast_exponential) {
+    refuse("options.exponential", "default (0) or exact (1) on this CUDA device (flash has no choice)", "fast (2)");
+  }
+  set_portable(shape, plan);
 }
 
 }  // namespace
@@ -169,7 +175,7 @@ static Kernel hopper_auto_kernel(const AttentionShape& shape, std::string& reaso
 }
 
 Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device, std::string& reason) {
-  if (is_hopper(device)) return hopper_auto_kernel(shape, reason);
+  if (is_hopper(device) && has_plain_mask(shape)) return hopper_auto_kernel(shape, reason);
   if (shape.dtype == DType::kF32) {
     reason = "auto: sage1, as flash takes no f32 on this device";
     return Kernel::kSage1;
@@ -183,33 +189,23 @@ Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device,
   return Kernel::kFlash;
 }
 
-// Measured: always faster.
-bool cuda_fast_exponential(const AttentionShape&, const DeviceTraits& device) { return is_hopper(device); }
+// Measured: always faster, where the kernel has it.
+bool cuda_fast_exponential(const AttentionShape& shape, const DeviceTraits& device, const Plan& plan) {
+  return is_hopper(device) && not_for_hopper_sage2(shape, plan).empty();
+}
 
 void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  const bool hopper_sage2 = is_hopper_sage2(plan, device);
-  check_beyond(plan, shape, hopper_sage2);
-  refuse_masking(shape, hopper_sage2);
-  set_cuda_tiles(shape, device, plan);
-  if (choose_decode_kernel(shape, device, plan)) return;
-  choose_hopper_kernel(shape, device, plan);
-  if (plan.kernel == Kernel::kFlash) {
-    if (shape.dtype == DType::kF32) refuse("q.dtype", "f16 or bf16 for flash on a CUDA device", "f32");
-    plan.workspace_bytes = 0;
-  } else if (is_hopper_sage2(plan, device)) {
-    plan.workspace_bytes = cuda::Sage2Workspace(shape, plan).bytes;
-  } else {
-    plan.workspace_bytes = cuda::Sage1Workspace(shape, plan).bytes;
+  check_beyond(plan, shape);
+  if (plan.kernel == Kernel::kFlash && shape.dtype == DType::kF32) {
+    refuse("q.dtype", "f16 or bf16 for flash on a CUDA device", "f32");
   }
+  set_cuda_tiles(shape, device, plan);
+  choose_decode_kernel(shape, device, plan);
+  plan.workspace_bytes = cuda::attention_workspace_bytes(shape, plan);
 }
 
 // Its workspace follows from the operands' strides as well: the stream sizes it.
 void plan_cuda_quantized(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  refuse_masking(shape, false);
-  if (plan.kernel != Kernel::kFlash && plan.kernel != Kernel::kSage1) {
-    refuse("options.kernel", "sage1 for quantized operands on a CUDA device (flash takes none), or the device the CPU",
-           kernel_name(plan.kernel));
-  }
   set_cuda_tiles(shape, device, plan);
 }
 

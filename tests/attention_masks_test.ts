@@ -20,7 +20,6 @@ import {
 import {
   bits,
   exactly,
-  lseRoom,
   nameOf,
   run,
   type Tensors,
@@ -259,7 +258,7 @@ for (const one of masked) {
           }
           within(found.all, bound.all, `relative L1 of ${what}`);
           within(found.row, bound.row, `row of ${what}`);
-          within(found.lse, lseRoom(device, kernel) * bound.lse, `lse of ${what}`);
+          within(found.lse, bound.lse, `lse of ${what}`);
         }
       }
     }
@@ -285,6 +284,14 @@ async function everyKernel(
   }
 }
 
+/**
+ * On CUDA a window that is open at both ends, but for keys that do not exist: with it, Hopper takes the kernel that
+ * it takes for masks.
+ */
+function openWindow(device: Device, queries: number, keys: number): MaskOptions {
+  return device.kind === "cuda" ? { window: queries + keys - 1 } : {};
+}
+
 deviceTest("a mask that is fully open changes no bit", async (device) => {
   const problem = randomProblem({ heads: 2, queries: 130, keys: 200, channels: 64 }, "f16", 3);
   using tensors = uploadProblem(device, problem, "f16");
@@ -298,7 +305,8 @@ deviceTest("a mask that is fully open changes no bit", async (device) => {
   try {
     for (const mask of masks) {
       await everyKernel(tensors, { mask }, async (what, { mask, ...plain }) => {
-        const open = await run(tensors, { ...plain, mask }), none = await run(tensors, plain);
+        const open = await run(tensors, { ...plain, mask });
+        const none = await run(tensors, { ...plain, ...openWindow(device, 130, 200) });
         assertEquals(bits(open.out), bits(none.out), what);
         assertEquals(bits(open.lse), bits(none.lse), what);
       });
@@ -434,7 +442,8 @@ deviceTest("NaN in a mask or in Q shows in its row alone", async (device) => {
     await everyKernel(good, { mask, ...extra }, async (what, options) => {
       const smooth = options.smoothQ || options.kernel === "sage2-int4"; // over other rows then
       const { mask: _, ...plain } = options;
-      const expected = await run(good, plain), { out, lse } = await run(bad, options);
+      const expected = await run(good, { ...openWindow(device, queries, keys), ...plain });
+      const { out, lse } = await run(bad, options);
       for (let i = 0; i < queries; ++i) {
         const row = out.slice(i * 64, i * 64 + 64);
         const reaches = !options.causal || 100 <= i + 30; // key 100, from the diagonal
@@ -565,19 +574,20 @@ deviceTest(
 // ---- cost ---------------------------------------------------------------------------------------------
 
 deviceTest("tiles outside a window take no time", async (device) => {
-  const tokens = 8192;
-  const problem = randomProblem({ queries: tokens, channels: 64 }, "f16", 15);
+  const [tokens, heads] = device.kind === "cuda" ? [32768, 4] : [8192, 1]; // enough to fill a GPU
+  const problem = randomProblem({ heads, queries: tokens, channels: 64 }, "f16", 15);
   using tensors = uploadProblem(device, problem, "f16");
   const { q, k, v } = tensors;
-  for (const kernel of kernels) {
+  for (const kernel of ["flash", "sage2"] as const) {
     const options: AttentionOptions = { kernel, causal: true };
     if (!runs(q, k, v, { ...options, window: 127 })) continue;
     const time = async (options: AttentionOptions) => {
       const once = () => device.time(() => attention(q, k, v, options).dispose());
-      return Math.min(await once(), await once(), await once());
+      return Math.min(await once(), await once(), await once(), await once());
     };
-    const full = await time(options), windowed = await time({ ...options, window: 127 });
-    // 4096 keys on average against 128 and the edges of tiles; packing all keys remains.
+    const full = await time({ ...options, ...openWindow(device, tokens, tokens) });
+    const windowed = await time({ ...options, window: 127 });
+    // 4096 keys or more on average against 128 and the edges of tiles; packing all keys remains.
     assertLess(windowed, full / 5, `${kernel}: ${windowed} ms against ${full} ms`);
   }
 });

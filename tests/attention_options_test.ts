@@ -139,7 +139,7 @@ deviceTest("attention() gives the same bits again, and without log-sum-exp", asy
     using tensors = uploadProblem(device, randomProblem(lengths, "f16", seed), "f16");
     const { q, k, v } = tensors;
     for (const kernel of kernels) {
-      const options = { kernel, ...others };
+      const options = exactly({ kernel, ...others });
       if (!runs(q, k, v, options)) continue;
       const first = await run(tensors, options), again = await run(tensors, options);
       assertEquals(bits(again.out), bits(first.out), kernel);

@@ -1,5 +1,6 @@
 // Smoothing: every choice of what to smooth corrects what it took away, and keeps what is lost without it.
 import { assertGreater } from "@std/assert";
+import { explain } from "../mod.ts";
 import {
   biased,
   exactly,
@@ -57,9 +58,13 @@ for (const kernel of sageKernels) {
         const { out, lse } = await run(tensors, options);
         const bound = smoothQ ? smoothQBounds[kernel] : smoothBounds[kernel];
         within(error(out), bound.out, `${kernel} smoothing ${label}`);
+        // Hopper's sage2 lets 128 keys share their scales, not 64: errors of scores are a little larger.
+        const room = explain(tensors.q, tensors.k, tensors.v, options).architecture === "sm_90"
+          ? 1.15
+          : 1;
         within(
           worstDifference(lse, reference.lse),
-          bound.lse,
+          room * bound.lse,
           `lse of ${kernel} smoothing ${label}`,
         );
         // Without it, what was biased is lost.

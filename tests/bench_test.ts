@@ -25,8 +25,8 @@ import {
 } from "../bench/model.ts";
 import { Peers, Skips } from "../bench/peers.ts";
 import { preparations } from "../bench/preparation.ts";
-import { formatted, pages, readRecords } from "../bench/report.ts";
-import { digest, pictures } from "../bench/report_pictures.ts";
+import { allPictures, formatted, pages, readRecords } from "../bench/report.ts";
+import { digest } from "../bench/report_pictures.ts";
 import { deviation, modelled, otherSizes } from "../bench/report_scaling.ts";
 import { attentionRows } from "../bench/rows.ts";
 import { Device } from "../mod.ts";
@@ -59,7 +59,7 @@ for (const [path, fill] of pages) {
 }
 
 Deno.test("every picture in docs/ is of the records as they are", async () => {
-  const expected = records.flatMap(({ name, results }) => pictures(results, name));
+  const expected = allPictures(records);
   for (const picture of expected) {
     const svg = await read(`docs/pictures/${picture.name}.svg`);
     assert(

@@ -152,13 +152,13 @@ Deno.test("a library of another ABI version is refused before anything else is a
     const path = await compile(folder, "other.so", "int sage_abi_version(void) { return 999; }");
     await refusesLibrary(path, [
       "LibraryNotFoundError abi-mismatch",
-      "ABI version must be 1: current value is 999",
+      "ABI version must be 2: current value is 999",
     ]);
   }));
 
 Deno.test("a library of the right version that lacks functions is a LibraryNotFoundError", () =>
   inFolder(async (folder) => {
-    const path = await compile(folder, "part.so", "int sage_abi_version(void) { return 1; }");
+    const path = await compile(folder, "part.so", "int sage_abi_version(void) { return 2; }");
     await refusesLibrary(path, ["LibraryNotFoundError library-unusable", "sage_"]);
   }));
 

@@ -64,3 +64,27 @@ Deno.test("closing lines are written and read", () => {
   assertEquals(closingLine({ passed: 1, failed: 2, skipped: 3 }), "1 passed, 2 failed, 3 skipped");
   assertEquals(parseClosingLine("ok | 12 passed | 0 failed (3s)"), undefined);
 });
+
+Deno.test("runSuite() counts files that run side by side", async () => {
+  const folder = await Deno.makeTempDir();
+  try {
+    await Deno.writeTextFile(join(folder, "deno.json"), "{}");
+    await Deno.mkdir(join(folder, "tests"));
+    const bad = `Deno.test("bad", () => { throw new Error("on purpose"); });`;
+    for (const [i, text] of [good, bad, good + good.replace("good", "too"), "throw 1;"].entries()) {
+      await Deno.writeTextFile(join(folder, `tests/${i}_test.ts`), text);
+    }
+    assertEquals(await runSuite(folder, ["tests/"], { quiet: true, jobs: 2 }), {
+      passed: 3,
+      failed: 2,
+      skipped: 0,
+    });
+    assertEquals(await runSuite(folder, ["--filter=none", "tests/"], { quiet: true, jobs: 3 }), {
+      passed: 0,
+      failed: 1,
+      skipped: 4,
+    });
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+});

@@ -7,7 +7,6 @@ import {
   attentionVarlen,
   type FloatDType,
   type Layout,
-  type SequenceStarts,
   type Tensor,
   UnsupportedError,
 } from "../mod.ts";
@@ -199,7 +198,12 @@ deviceTest(
     using x = device.tensor(data, [1, 1, 2 * count, 64]);
     using o = attentionVarlen(x, x, x, { cuSeqlensQ: starts, kernel: "flash" });
     starts.fill(0);
-    assertEquals(await o.data(), data); // the keys of a sequence are alike
+    // The keys of a sequence are alike.
+    const worst = (await o.data()).reduce(
+      (most, x, i) => Math.max(most, Math.abs(x - data[i]) / 100),
+      0,
+    );
+    within(worst, device.kind === "cpu" ? 0 : 0.0007, "the largest difference");
   },
 );
 

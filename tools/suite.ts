@@ -29,27 +29,87 @@ export function parseReport(xml: string): Counts {
   return { passed: sum("tests") - failed - skipped, failed, skipped };
 }
 
-/** Runs `deno test -A` in `root`. A run that dies, or that runs nothing, counts as a failure. */
-export async function runSuite(
+/** How a suite is run. */
+export interface SuiteOptions {
+  /** Shows nothing. */
+  quiet?: boolean;
+  /** Test files that run side by side, each in a process of its own; what they say is shown when they are done. */
+  jobs?: number;
+}
+
+const nothing: Counts = { passed: 0, failed: 0, skipped: 0 };
+
+function add(a: Counts, b: Counts): Counts {
+  return {
+    passed: a.passed + b.passed,
+    failed: a.failed + b.failed,
+    skipped: a.skipped + b.skipped,
+  };
+}
+
+/** One process, with all that it says in one piece where `apart`. */
+async function runProcess(
   root: string,
-  args: string[],
-  options: { quiet?: boolean } = {},
-): Promise<Counts> {
+  args: readonly string[],
+  quiet: boolean,
+  apart: boolean,
+): Promise<Counts & { success: boolean }> {
   const report = await Deno.makeTempFile({ suffix: ".xml" });
+  const output = quiet ? "null" : apart ? "piped" : "inherit";
   try {
-    const status = await new Deno.Command(Deno.execPath(), {
+    const child = new Deno.Command(Deno.execPath(), {
       args: ["test", "--allow-all", `--junit-path=${report}`, ...args],
       cwd: root,
       stdin: "null",
-      stdout: options.quiet ? "null" : "inherit",
-      stderr: options.quiet ? "null" : "inherit",
-    }).spawn().status;
+      stdout: output,
+      stderr: output,
+    }).spawn();
+    if (output === "piped") {
+      const texts = [new Response(child.stdout).text(), new Response(child.stderr).text()];
+      for (const text of await Promise.all(texts)) if (text) console.log(text.trimEnd());
+    }
+    const { success, signal } = await child.status;
     const counts = parseReport(await Deno.readTextFile(report));
-    if (status.signal && !options.quiet) console.log(`deno test died of ${status.signal}`);
-    const unseen = !status.success || counts.passed + counts.skipped === 0;
-    if (unseen && counts.failed === 0) counts.failed = 1;
-    return counts;
+    if (signal && !quiet) console.log(`deno test died of ${signal}`);
+    if (!success && counts.failed === 0) counts.failed = 1;
+    return { ...counts, success };
   } finally {
     await Deno.remove(report);
   }
+}
+
+async function testFiles(root: string, folder: string): Promise<string[]> {
+  const files: { path: string; size: number }[] = [];
+  for await (const { name } of Deno.readDir(`${root}/${folder}`)) {
+    const path = `${folder}/${name}`;
+    if (name.endsWith("_test.ts")) {
+      files.push({ path, size: (await Deno.stat(`${root}/${path}`)).size });
+    }
+  }
+  return files.sort((a, b) => b.size - a.size).map(({ path }) => path); // long ones first
+}
+
+/**
+ * Runs `deno test -A` in `root`. A run that dies, or that runs nothing, counts as a failure. With several jobs, the
+ * last argument is the folder whose files they share out.
+ */
+export async function runSuite(
+  root: string,
+  args: string[],
+  { quiet = false, jobs = 1 }: SuiteOptions = {},
+): Promise<Counts> {
+  let total = nothing;
+  if (jobs === 1) {
+    total = await runProcess(root, args, quiet, false);
+  } else {
+    const queue = await testFiles(root, args.at(-1)!.replace(/\/$/, ""));
+    await Promise.all(Array.from({ length: jobs }, async () => {
+      for (let file = queue.shift(); file; file = queue.shift()) {
+        const counts = await runProcess(root, [...args.slice(0, -1), file], quiet, true);
+        total = add(total, counts);
+      }
+    }));
+  }
+  const { passed, failed, skipped } = total;
+  return { passed, failed: failed || (passed + skipped === 0 ? 1 : 0), skipped };
 }

@@ -69,6 +69,7 @@ void take_tiles(Attention& a, bool exact_keys, Arena& arena) {
   }
   a.bad_values = arena.take<uint64_t>({batch, heads, tiles});
   a.value_peaks = arena.take<float>({batch, heads, tiles});
+  if (a.masking.mask) a.covers = arena.take<uint8_t>({a.cover_tasks(), tiles, a.cover_rows()});
   a.scratch_bytes = kernels().scratch_bytes(a);
   a.scratch = arena.take<char>({int64_t(a.scratch_bytes), Pool::shared().workers()});
 }
@@ -177,11 +178,13 @@ void pack_and_attend(const Attention& a, Pool& pool, const OnStage& begin) {
   const auto pack = [&a, tiles](int64_t task, int) {
     if (task < tiles) {
       kernels().pack_keys(a, task);
-    } else {
+    } else if (task < 2 * tiles) {
       kernels().pack_values(a, task - tiles);
+    } else {
+      kernels().cover_mask(a, task - 2 * tiles);
     }
   };
-  pool.run(2 * tiles, std::cref(pack));
+  pool.run(2 * tiles + a.cover_tasks(), std::cref(pack));
   begin("attention");
   pool.run(a.q.batch() * a.q.heads() * a.query_tiles(),
            [&a](int64_t task, int worker) { kernels().attend(a, task, worker); });
@@ -193,6 +196,7 @@ Op described(const AttentionShape& shape, const Plan& plan) {
   op.q = described(shape.dtype, shape.batch, shape.q_heads, shape.q_tokens, shape.head_dim);
   op.k = described(shape.dtype, shape.batch, shape.kv_heads, shape.k_tokens, shape.head_dim);
   op.v = described(shape.dtype, shape.batch, shape.kv_heads, shape.k_tokens, shape.v_dim);
+  op.masking = shape.masking;
   op.plan = plan;
   return op;
 }

@@ -121,7 +121,7 @@ class QueryTile {
   template <int kRows>
   void score(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]);
   void score_bad_keys(int64_t tile, int row, int rows, float (*scores)[kKeyTile]);
-  void change_scores(int64_t tile, int row, int rows, Cover cover, float (*scores)[kKeyTile]);
+  void change_scores(int64_t tile, int row, int rows, float (*scores)[kKeyTile]);
   template <int kRows>
   void score_exactly(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]);
   template <int kRows, bool kExact>
@@ -136,16 +136,17 @@ class QueryTile {
   void load_tile_shifts(int64_t tile);
   void score_first_key(int row, int rows, float (*scores)[kKeyTile]) const;
   void set_first_key_apart(int row, int rows, float (*scores)[kKeyTile]);
+  bool sees_any(int row) const;
   void finish(int row);
 
   // The keys [first, last) of a tile that a row reaches.
-  int first(int row, int64_t tile) const { return within_tile(first_[row], tile); }
-  int last(int row, int64_t tile) const { return within_tile(last_[row], tile); }
+  int first(int row, int64_t tile) const { return within_tile(reach_[row].first, tile); }
+  int last(int row, int64_t tile) const { return within_tile(reach_[row].last, tile); }
   static int within_tile(int64_t key, int64_t tile) {
     return int(smaller(kKeyTile, key > tile * kKeyTile ? key - tile * kKeyTile : 0));
   }
-  int64_t first_tile() const { return first_[0] / kKeyTile; }
-  int64_t end_tile() const { return ceil_div(last_[rows_ - 1], kKeyTile); }
+  int64_t first_tile() const { return reach_[0].first / kKeyTile; }
+  int64_t end_tile() const { return ceil_div(reach_[rows_ - 1].last, kKeyTile); }
 
   const Attention& a_;
   const int64_t b_, h_, kv_h_, kv_head_, begin_;
@@ -156,20 +157,19 @@ class QueryTile {
   bool any_bad_values_;     // in the tiles of values of this head
   int64_t first_mean_ = 0;  // of the rows of q_mean that this tile needs
   // In the scratch of the worker:
-  Operand* queries_;                              // [rows, depth]
-  float* out_;                                    // [rows, v_stride]: sums of values
-  float* sums_;                                   // [rows, kLanes]: of probabilities
-  float* means_;                                  // [rows, channels]
-  float* corrections_;                            // [rows, kKeyTile]: means . keys
-  float* exact_queries_;                          // [rows, channels], with their factor, where they are kept
-  float top_[kQueryTile];                         // the largest score so far
-  float row_factor_[kQueryTile];                  // of integer scores
-  int32_t row_offset_[kQueryTile];                // takes off what kCodeOffset adds to a row's products
-  float shift_[kQueryTile];                       // soft caps: what scores lack, as keys were smoothed
-  float tile_shift_[kQueryTile];                  // what the mean of a tile of keys adds to its scores
-  float first_score_[kQueryTile];                 // of a first key that is apart from the others
-  int64_t first_[kQueryTile], last_[kQueryTile];  // the keys that a row reaches; both rise with the row
-  bool sees_[kQueryTile];                         // whether any of them is open
+  Operand* queries_;                // [rows, depth]
+  float* out_;                      // [rows, v_stride]: sums of values
+  float* sums_;                     // [rows, kLanes]: of probabilities
+  float* means_;                    // [rows, channels]
+  float* corrections_;              // [rows, kKeyTile]: means . keys
+  float* exact_queries_;            // [rows, channels], with their factor, where they are kept
+  float top_[kQueryTile];           // the largest score so far
+  float row_factor_[kQueryTile];    // of integer scores
+  int32_t row_offset_[kQueryTile];  // takes off what kCodeOffset adds to a row's products
+  float shift_[kQueryTile];         // soft caps: what scores lack, as keys were smoothed
+  float tile_shift_[kQueryTile];    // what the mean of a tile of keys adds to its scores
+  float first_score_[kQueryTile];   // of a first key that is apart from the others
+  Reach reach_[kQueryTile];
   alignas(64) float k_mean_[kRowFloats], v_scales_[kRowFloats], v_mean_[kRowFloats];
   alignas(64) float first_key_[kRowFloats], first_value_[kRowFloats];  // less the mean; finite values
 };
@@ -220,12 +220,7 @@ QueryTile<Recipe>::QueryTile(const Attention& a, int64_t task, int worker)
     top_[row] = -kInfinity;
     tile_shift_[row] = 0.0f;
     first_score_[row] = -kInfinity;
-    const Masking& m = a.masking;
-    const int64_t keys = a.k.tokens(), diagonal = begin_ + row + m.offset;
-    const auto clamp = [keys](int64_t key) { return key < 0 ? 0 : smaller(key, keys); };
-    first_[row] = m.before == kUnlimited ? 0 : clamp(diagonal - m.before);
-    last_[row] = m.after == kUnlimited ? keys : clamp(diagonal + m.after + 1);
-    sees_[row] = !m.mask && first_[row] < last_[row];
+    reach_[row] = reach_of(a, begin_ + row);
   }
   if (a.masking.alibi) slope_ = *at<float>(a.masking.alibi, b_, h_, 0);
   log2_range_ = Recipe::kProbabilities == Rounding::kE4M3 ? log2f(a.p_range)
@@ -344,12 +339,12 @@ template <int kRows>
 void QueryTile<Recipe>::attend(int64_t tile, int row) {
   const int from = first(row, tile), keys = last(row + kRows - 1, tile);
   if (from >= keys) return;
-  Cover cover = Cover::kOpen;
+  uint8_t cover = kOpen;
   if (a_.masking.mask) {
-    const int64_t begin = tile * kKeyTile;
-    cover = cover_of(a_.masking.mask, b_, h_, begin_ + row, kRows, begin + from, begin + keys);
-    if (cover == Cover::kClosed) return;
-    for (int r = row; r < row + kRows; ++r) sees_[r] |= cover == Cover::kOpen && first(r, tile) < last(r, tile);
+    const Covers covers = covers_of(a_, b_, h_, begin_ + row, tile);
+    cover = kOpen | kClosed;
+    for (int r = 0; r < kRows; ++r) cover &= covers.first[r * covers.stride];
+    if (cover & kClosed) return;
   }
   alignas(64) float scores[kRows][kKeyTile];  // in base 2, then probabilities as the operand of P.V
   alignas(64) float decay[(kRows + kLanes - 1) / kLanes * kLanes] = {};
@@ -369,8 +364,11 @@ void QueryTile<Recipe>::attend(int64_t tile, int row) {
   if (first_apart) score_first_key(row, kRows, scores);
   if (bad) score_bad_keys(tile, row, kRows, scores);
   const Masking& masking = a_.masking;
-  if (masking.softcap != 0.0f || masking.alibi || cover == Cover::kMixed) {
-    change_scores(tile, row, kRows, cover, scores);
+  if (masking.softcap != 0.0f || masking.alibi) change_scores(tile, row, kRows, scores);
+  if (!(cover & kOpen)) {
+    for (int r = 0; r < kRows; ++r) {
+      add_mask(masking.mask, b_, h_, begin_ + row + r, tile * kKeyTile, scores[r]);
+    }
   }
   if (first_apart) set_first_key_apart(row, kRows, scores);
   if (Recipe::kIntegerScores && exact) {
@@ -495,16 +493,12 @@ void QueryTile<Recipe>::score_bad_keys(int64_t tile, int row, int rows, float (*
 }
 
 template <class Recipe>
-void QueryTile<Recipe>::change_scores(int64_t tile, int row, int rows, Cover cover, float (*scores)[kKeyTile]) {
+void QueryTile<Recipe>::change_scores(int64_t tile, int row, int rows, float (*scores)[kKeyTile]) {
   const Masking& masking = a_.masking;
-  const int64_t begin = tile * kKeyTile;
   for (int r = 0; r < rows; ++r) {
-    const int64_t n = begin_ + row + r;
     if (masking.softcap != 0.0f) cap_scores(masking.softcap, shift_[row + r], scores[r]);
-    if (masking.alibi) add_distances(slope_, float(n + masking.offset - begin), scores[r]);
-    if (cover == Cover::kMixed) {
-      sees_[row + r] |= add_mask(masking.mask, b_, h_, n, begin, first(row + r, tile), last(row + r, tile), scores[r]);
-    }
+    const int64_t position = begin_ + row + r + masking.offset - tile * kKeyTile;
+    if (masking.alibi) add_distances(slope_, float(position), scores[r]);
   }
 }
 
@@ -605,6 +599,21 @@ void QueryTile<Recipe>::load_exact_query(int row, float* to) const {
   for (int c = 0; c < channels_; ++c) to[c] = to[c] * scale + mean[c];
 }
 
+// Whether any key that the row reaches is open.
+template <class Recipe>
+bool QueryTile<Recipe>::sees_any(int row) const {
+  const View& mask = a_.masking.mask;
+  const Reach& reach = reach_[row];
+  if (!mask) return reach.first < reach.last;
+  for (int64_t tile = reach.first / kKeyTile; tile * kKeyTile < reach.last; ++tile) {
+    if (*covers_of(a_, b_, h_, begin_ + row, tile).first & kClosed) continue;
+    for (int key = first(row, tile); key < last(row, tile); ++key) {
+      if (!closes(mask, b_, h_, begin_ + row, tile * kKeyTile + key)) return true;
+    }
+  }
+  return false;
+}
+
 // Output and lse of one row.
 template <class Recipe>
 void QueryTile<Recipe>::finish(int row) {
@@ -613,7 +622,7 @@ void QueryTile<Recipe>::finish(int row) {
   const float sink = sinks ? *at<float>(sinks, 0, h_, 0) : -kInfinity;
   alignas(64) float values[kRowFloats];
   float lse = sink;
-  if (!sees_[row]) {
+  if (!sees_any(row)) {
     memset(values, 0, sizeof(float) * v_channels_);
   } else {
     const bool lacks = a_.k_mean && !a_.many_k_means && a_.masking.softcap == 0.0f && (a_.lse || sinks);

@@ -51,6 +51,7 @@ struct Attention {
   float* exact_values;   // with a band: what value tiles are codes of
   uint64_t* bad_values;  // one bit a key: some of its values are not finite
   float* value_peaks;    // flash: the largest finite magnitude of a tile
+  uint8_t* covers;       // with a mask: a byte for every row of it and tile of keys
   char* scratch;         // scratch_bytes for every worker
   size_t scratch_bytes;
 
@@ -58,6 +59,10 @@ struct Attention {
   bool keeps_queries() const { return band || first_token || many_k_means; }  // beside their codes
   int64_t tiles() const { return ceil_div(k.tokens(), kKeyTile); }
   int64_t query_tiles() const { return ceil_div(q.tokens(), kQueryTile); }
+  // Covers come in blocks [tiles, rows], one for kQueryTile rows of the mask.
+  int64_t cover_rows() const { return masking.mask.tokens() == 1 ? 1 : kQueryTile; }
+  int64_t cover_blocks() const { return ceil_div(masking.mask.tokens(), kQueryTile); }  // of a head
+  int64_t cover_tasks() const { return masking.mask.batch() * masking.mask.heads() * cover_blocks(); }
   int64_t padded_v_dim() const { return round_up(v.channels(), kChannelPad); }
 };
 
@@ -73,6 +78,7 @@ struct Kernels {
   void (*scale_values)(const Attention&, int64_t task);  // sage1: v_scales from v
   void (*pack_keys)(const Attention&, int64_t task);
   void (*pack_values)(const Attention&, int64_t task);
+  void (*cover_mask)(const Attention&, int64_t task);  // which tiles a mask opens and closes
   void (*attend)(const Attention&, int64_t task, int worker);
   size_t (*scratch_bytes)(const Attention&);  // of one worker of attend
 };

@@ -22,9 +22,24 @@ SAGE_INLINE Floats tanh(Floats x) {
   return magnitude < 0.625f ? near_zero : signed_far;
 }
 
-// ---- which part of a tile a mask lets through ---------------------------------------------------------------
+// ---- the keys that a row reaches ----------------------------------------------------------------------------
 
-enum class Cover { kOpen, kMixed, kClosed };
+struct Reach {
+  int64_t first, last;  // [first, last); both rise with the row
+};
+
+SAGE_INLINE Reach reach_of(const Attention& a, int64_t row) {
+  const Masking& m = a.masking;
+  const int64_t keys = a.k.tokens(), diagonal = row + m.offset;
+  const auto clamp = [keys](int64_t key) { return key < 0 ? 0 : smaller(key, keys); };
+  return {m.before == kUnlimited ? 0 : clamp(diagonal - m.before),
+          m.after == kUnlimited ? keys : clamp(diagonal + m.after + 1)};
+}
+
+// ---- which tiles a mask opens and closes --------------------------------------------------------------------
+
+// Of one row or, by &, of several; a row that does not reach the tile is both.
+enum Cover : uint8_t { kMixed = 0, kOpen = 1, kClosed = 2 };
 
 // The bits of a mask's elements; each test takes one or a vector of them.
 struct BoolMask {
@@ -52,52 +67,86 @@ struct AddedMask {
   }
 };
 
+// Of a comparison: whether it holds everywhere.
 template <class Vector>
 SAGE_INLINE bool all_set(Vector x) {
+#if defined(SAGE_AVX512)
+  return _mm512_movepi8_mask((__m512i)x) == ~uint64_t(0);
+#elif defined(SAGE_AVX2)
+  return _mm256_movemask_epi8((__m256i)x) == -1;
+#else
   uint64_t words[sizeof x / 8], result = ~uint64_t(0);
   memcpy(words, &x, sizeof x);
   for (const uint64_t word : words) result &= word;
   return result == ~uint64_t(0);
+#endif
 }
 
-// Of `rows` rows of a mask and keys [from, to).
+// Of one row and keys [from, to).
 template <class Mask>
-Cover cover_with(const View& mask, int64_t b, int64_t h, int64_t row, int rows, int64_t from, int64_t to) {
+SAGE_INLINE uint8_t cover_of(const View& mask, int64_t b, int64_t h, int64_t row, int64_t from, int64_t to) {
   typedef typename Mask::Bits Bits;
   typedef Bits Vector __attribute__((vector_size(4 * kLanes)));
-  constexpr int kStep = 4 * kLanes / sizeof(Bits), kLine = 64 / sizeof(Bits);
+  constexpr int kStep = 4 * kLanes / sizeof(Bits);
   if (to - from == kKeyTile && mask.stride[3] == 1) {
-    auto open = Mask::open(Vector{}) | ~Mask::open(Vector{}), closed = open;
-    for (int r = 0; r < rows; ++r) {
-      const Bits* at_row = at<Bits>(mask, b, h, row + r, from);
-      for (int i = 0; i < kKeyTile; i += kLine) __builtin_prefetch(at_row + kKeyTile + i);  // of the next tile
-      for (int i = 0; i < kKeyTile; i += kStep) {
-        const Vector x = load<Vector>(at_row + i);
-        open &= Mask::open(x);
-        closed &= Mask::closed(x);
-      }
-    }
-    return all_set(open) ? Cover::kOpen : all_set(closed) ? Cover::kClosed : Cover::kMixed;
-  }
-  bool open = true, closed = true;
-  for (int r = 0; r < rows && (open || closed); ++r) {
-    for (int64_t key = from; key < to; ++key) {
-      const Bits x = *at<Bits>(mask, b, h, row + r, key);
+    const Bits* bits = at<Bits>(mask, b, h, row, from);
+    auto open = Mask::open(load<Vector>(bits)), closed = Mask::closed(load<Vector>(bits));
+    for (int i = kStep; i < kKeyTile; i += kStep) {
+      const Vector x = load<Vector>(bits + i);
       open &= Mask::open(x);
       closed &= Mask::closed(x);
     }
+    return uint8_t((all_set(open) ? kOpen : 0) | (all_set(closed) ? kClosed : 0));
   }
-  return open ? Cover::kOpen : closed ? Cover::kClosed : Cover::kMixed;
+  bool open = true, closed = true;
+  for (int64_t key = from; key < to && (open || closed); ++key) {
+    const Bits x = *at<Bits>(mask, b, h, row, key);
+    open &= Mask::open(x);
+    closed &= Mask::closed(x);
+  }
+  return uint8_t((open ? kOpen : 0) | (closed ? kClosed : 0));
 }
 
-inline Cover cover_of(const View& mask, int64_t b, int64_t h, int64_t row, int rows, int64_t from, int64_t to) {
-  if (mask.tokens() == 1) row = 0, rows = 1;
-  switch (mask.dtype) {
-    case DType::kBool: return cover_with<BoolMask>(mask, b, h, row, rows, from, to);
-    case DType::kF32: return cover_with<AddedMask<uint32_t, 0x7fffffffu, 0xff800000u>>(mask, b, h, row, rows, from, to);
-    case DType::kF16: return cover_with<AddedMask<uint16_t, 0x7fff, 0xfc00>>(mask, b, h, row, rows, from, to);
-    default: return cover_with<AddedMask<uint16_t, 0x7fff, 0xff80>>(mask, b, h, row, rows, from, to);
+template <class Mask>
+void cover_with(const Attention& a, int64_t task) {
+  const View& mask = a.masking.mask;
+  const int64_t blocks = a.cover_blocks(), tiles = a.tiles(), block_rows = a.cover_rows();
+  const int64_t head = task / blocks, begin = task % blocks * kQueryTile;
+  const int64_t rows = smaller(block_rows, mask.tokens() - begin);
+  const bool one_for_all = mask.tokens() == 1;
+  uint8_t* covers = a.covers + task * tiles * block_rows;
+  memset(covers, kOpen | kClosed, tiles * block_rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Reach reach = one_for_all ? Reach{0, a.k.tokens()} : reach_of(a, begin + r);
+    for (int64_t tile = reach.first / kKeyTile; tile * kKeyTile < reach.last; ++tile) {
+      const int64_t from = tile * kKeyTile, to = smaller(from + kKeyTile, reach.last);
+      covers[tile * block_rows + r] = cover_of<Mask>(mask, head / mask.heads(), head % mask.heads(), begin + r,
+                                                     from > reach.first ? from : reach.first, to);
+    }
   }
+}
+
+void cover_mask(const Attention& a, int64_t task) {
+  switch (a.masking.mask.dtype) {
+    case DType::kBool: return cover_with<BoolMask>(a, task);
+    case DType::kF32: return cover_with<AddedMask<uint32_t, 0x7fffffffu, 0xff800000u>>(a, task);
+    case DType::kF16: return cover_with<AddedMask<uint16_t, 0x7fff, 0xfc00>>(a, task);
+    default: return cover_with<AddedMask<uint16_t, 0x7fff, 0xff80>>(a, task);
+  }
+}
+
+// The covers of rows from `row` on, which must be of one tile of queries, and how far apart they are.
+struct Covers {
+  const uint8_t* first;
+  int64_t stride;
+};
+
+SAGE_INLINE Covers covers_of(const Attention& a, int64_t b, int64_t h, int64_t row, int64_t tile) {
+  const View& mask = a.masking.mask;
+  const int64_t head = (mask.batch() == 1 ? 0 : b) * mask.heads() + (mask.heads() == 1 ? 0 : h);
+  if (mask.tokens() == 1) return {a.covers + head * a.tiles() + tile, 0};
+  const int64_t block = head * a.cover_blocks() + row / kQueryTile;
+  return {a.covers + (block * a.tiles() + tile) * kQueryTile + row % kQueryTile, 1};
 }
 
 SAGE_INLINE bool closes(const View& mask, int64_t b, int64_t h, int64_t row, int64_t key) {
@@ -124,9 +173,7 @@ SAGE_INLINE void add_distances(float slope, float position, float* scores) {
   }
 }
 
-// Says whether it leaves any of the tile's keys [from, to) open.
-inline bool add_mask(const View& mask, int64_t b, int64_t h, int64_t row, int64_t first_key, int from, int to,
-                     float* scores) {
+inline void add_mask(const View& mask, int64_t b, int64_t h, int64_t row, int64_t first_key, float* scores) {
   const int keys = int(smaller(kKeyTile, mask.channels() - first_key));
   View tile = mask;
   tile.data = static_cast<char*>(mask.data) + first_key * mask.stride[3] * bits_per_element(mask.dtype) / 8;
@@ -141,17 +188,11 @@ inline bool add_mask(const View& mask, int64_t b, int64_t h, int64_t row, int64_
   } else {
     load_row(tile, b, h, row, 0, keys, added);
   }
-  Ints seen = {};
   for (int i = 0; i < kKeyTile; i += kLanes) {
     const Floats x = load<Floats>(added + i);
-    const Ints open = x != -kInfinity, lanes = lane_numbers() + i;
     const Floats in_base_2 = max(broadcast(-kLargest), x * kLog2e);  // what is finite stays so; NaN stays NaN
-    store(scores + i, open ? load<Floats>(scores + i) + in_base_2 : broadcast(-kInfinity));
-    seen |= open & (lanes >= from) & (lanes < to);
+    store(scores + i, x != -kInfinity ? load<Floats>(scores + i) + in_base_2 : broadcast(-kInfinity));
   }
-  int any = 0;
-  for (int i = 0; i < kLanes; ++i) any |= seen[i];
-  return any != 0;
 }
 
 }  // namespace sage::cpu::SAGE_ISA

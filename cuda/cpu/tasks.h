@@ -15,5 +15,5 @@
   {                                                                                                     \
     name, sizeof(SAGE_ISA::Code), SAGE_ISA::mean, SAGE_ISA::subtract_mean, SAGE_ISA::quantize_rows,     \
         SAGE_ISA::quantize_channels, SAGE_ISA::dequantize, SAGE_ISA::scale_values, SAGE_ISA::pack_keys, \
-        SAGE_ISA::pack_values, SAGE_ISA::attend, SAGE_ISA::scratch_bytes                                \
+        SAGE_ISA::pack_values, SAGE_ISA::cover_mask, SAGE_ISA::attend, SAGE_ISA::scratch_bytes          \
   }

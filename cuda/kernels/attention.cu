@@ -1,24 +1,63 @@
 // From checked operations to the sm_80 attention kernels: parameters, and which instance a head dimension takes.
+#include <algorithm>
+#include <cmath>
+
 #include "attention_sm80.cuh"
 
 namespace sage::cuda {
 
-extern template void launch_flash_for<64>(const AttentionParams&, DType, int64_t, cudaStream_t);
-extern template void launch_flash_for<128>(const AttentionParams&, DType, int64_t, cudaStream_t);
-extern template void launch_flash_for<256>(const AttentionParams&, DType, int64_t, cudaStream_t);
-extern template void launch_sage1_for<64>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
-extern template void launch_sage1_for<128>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
-extern template void launch_sage1_for<256>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<64, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<64, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<128, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<128, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<256, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<256, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<64, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<64, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<128, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<128, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_flash_for<256, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
+extern template void launch_sage_for<256, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 
 namespace {
+
+const float* f32(const View& view) { return static_cast<const float*>(view.data); }
 
 float largest_finite(DType dtype) {
   return dtype == DType::kF16 ? 65504.0f : dtype == DType::kBF16 ? 0x1.fep127f : 0x1.fffffep127f;
 }
 
-// What `flash` and `sage1` have in common.
-AttentionParams make_params(const View& q, const View& k, const View& v, const View& o, const View& lse, bool causal,
-                            float scale) {
+void set_masking(AttentionParams& params, const Masking& masking, const MaskTiles& tiles) {
+  constexpr int64_t kFar = int64_t{1} << 40;
+  params.offset = static_cast<int>(masking.offset);
+  params.first_key = masking.before == kUnlimited ? -kFar : masking.offset - std::min(masking.before, kFar);
+  params.last_key = masking.after == kUnlimited ? kFar : masking.offset + std::min(masking.after, kFar);
+  params.softcap = masking.softcap * kLog2e;
+  if (masking.alibi) {
+    params.alibi = f32(masking.alibi);
+    params.alibi_batch_stride = masking.alibi.stride[0];
+    params.alibi_head_stride = masking.alibi.stride[1];
+  }
+  if (masking.sinks) {
+    params.sinks = f32(masking.sinks);
+    params.sinks_stride = masking.sinks.stride[1];
+  }
+  if (const View& mask = masking.mask) {
+    params.mask_tiles = reinterpret_cast<const uint8_t*>(tiles.tiles);
+    params.mask_bits = tiles.bits;
+    params.mask_batch_step = mask.batch() > 1 ? static_cast<int>(mask.heads()) : 0;
+    params.mask_head_step = mask.heads() > 1 ? 1 : 0;
+    params.mask_rows = static_cast<int>(mask.tokens());
+    params.adds_mask = mask.dtype != DType::kBool;
+    params.mask = make_rows(mask);
+    params.mask_dtype = mask.dtype;
+  }
+  params.changes_open_tiles = masking.softcap > 0 || masking.alibi;
+}
+
+// What all kernels have in common.
+AttentionParams make_params(const View& q, const View& k, const View& v, const View& o, const View& lse,
+                            const Masking& masking, const MaskTiles& tiles, float scale) {
   AttentionParams params{};
   params.q = make_rows(q);
   params.k = make_rows(k);
@@ -33,40 +72,73 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const V
   params.v_dim = static_cast<int>(v.channels());
   params.q_heads = static_cast<int>(q.heads());
   params.group = static_cast<int>(q.heads() / k.heads());
-  params.causal = causal;
+  set_masking(params, masking, tiles);
   params.scale_log2 = scale * kLog2e;
   params.largest = largest_finite(v.dtype);
   return params;
 }
 
-const float* f32(const View& view) { return static_cast<const float*>(view.data); }
+// Calls launch(head dimension, whether scores may be masked or changed).
+template <class Launch>
+void choose(const Masking& masking, const Plan& plan, Launch launch) {
+  const auto with = [&](auto general) {
+    switch (plan.padded_head_dim) {
+      case 64: return launch(std::integral_constant<int, 64>{}, general);
+      case 128: return launch(std::integral_constant<int, 128>{}, general);
+      default: return launch(std::integral_constant<int, 256>{}, general);
+    }
+  };
+  is_general(masking) ? with(std::true_type{}) : with(std::false_type{});
+}
 
 }  // namespace
 
-void launch_flash(const AttentionOp& op, cudaStream_t stream) {
-  const AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.causal, op.scale);
+void launch_flash(const AttentionOp& op, const MaskTiles& tiles, cudaStream_t stream) {
+  const AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, tiles, op.scale);
   const int64_t planes = op.q.batch() * op.q.heads();
-  switch (op.plan.padded_head_dim) {
-    case 64: return launch_flash_for<64>(params, op.q.dtype, planes, stream);
-    case 128: return launch_flash_for<128>(params, op.q.dtype, planes, stream);
-    default: return launch_flash_for<256>(params, op.q.dtype, planes, stream);
+  choose(op.masking, op.plan, [&](auto head_dim, auto general) {
+    launch_flash_for<decltype(head_dim)::value, decltype(general)::value>(params, op.q.dtype, planes, stream);
+  });
+}
+
+namespace {
+
+// What P is rounded to, as bits of FP16 pairs; see round_codes.
+void set_probabilities(AttentionParams& params, const Plan& plan) {
+  switch (plan.kernel) {
+    case Kernel::kSage1: params.headroom = plan.f16_accumulator ? 0.0f : 8.0f; return;
+    case Kernel::kSage1Int8:
+      params.log2_range = std::log2(kInt8Range);
+      params.step_shift = 0x64006400u;  // whole numbers
+      return;
+    default:
+      params.log2_range = std::log2(plan.p_range);
+      params.least_step = 0x24002400u;  // 2^-6: numbers below it share their steps
+      params.step_mask = 0x7c007c00u;
+      params.step_shift = 0x1c001c00u;  // of 3 bits of mantissa
   }
 }
 
-void launch_sage1(const Sage1Op& op, cudaStream_t stream) {
-  AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.causal, op.scale);
+}  // namespace
+
+void launch_sage(const SageOp& op, cudaStream_t stream) {
+  const Plan& plan = op.plan;
+  AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, op.mask_tiles, op.scale);
   params.v_dim = static_cast<int>(op.o.channels());
   params.largest = largest_finite(op.v_dtype);
   params.q_scales = f32(op.q_scales);
   params.k_scales = f32(op.k_scales);
   params.q_groups = static_cast<int>(op.q_scales.tokens());
   params.k_groups = static_cast<int>(op.k_scales.tokens());
-  params.q_grouping = op.plan.q_grouping;
-  params.k_grouping = op.plan.k_grouping;
-  params.q_group_rows = static_cast<int>(op.plan.q_group_rows);
-  params.k_group_rows = static_cast<int>(op.plan.k_group_rows);
+  params.q_grouping = plan.q_grouping;
+  params.q_group_rows = static_cast<int>(plan.q_group_rows);
+  params.k_grouping = make_groups(plan.k_grouping, plan.k_group_rows);
+  // One factor a lane, row and tile suffices where a tile's keys are one run of groups.
+  const bool whole_tiles = plan.k_grouping != Grouping::kToken && plan.k_group_rows == plan.block_k;
+  params.k_groups_a_tile = whole_tiles ? params.k_grouping.a_run() : 0;
   params.q_not_finite = op.q_not_finite;
   params.k_not_finite = op.k_not_finite;
+  params.v_not_finite = op.v_not_finite;
   params.q_words = (params.q_tokens + 31) / 32;
   params.k_words = (params.k_tokens + 31) / 32;
   if (op.q_raw && op.k_raw) {
@@ -79,17 +151,16 @@ void launch_sage1(const Sage1Op& op, cudaStream_t stream) {
   params.delta_rows = static_cast<int>(op.delta_rows);
   params.v_scales = f32(op.v_scales);
   params.v_mean = f32(op.v_mean);
-  params.lse_shift = f32(op.lse_shift);
+  (op.masking.softcap > 0 ? params.row_shift : params.lse_shift) = f32(op.lse_shift);
+  set_probabilities(params, plan);
 
-  // One factor a lane, row and tile suffices where a tile's keys are one run of groups.
-  const bool whole_tiles = op.plan.k_grouping != Grouping::kToken && op.plan.k_group_rows == op.plan.block_k;
-  const bool column_terms = op.delta || !whole_tiles;
+  const bool column_terms = has_column_terms(plan, static_cast<bool>(op.delta));
+  const bool f16_accumulator = plan.f16_accumulator || plan.kernel == Kernel::kSage2PP;
   const int64_t planes = op.q.batch() * op.q.heads();
-  switch (op.plan.padded_head_dim) {
-    case 64: return launch_sage1_for<64>(params, op.plan.f16_accumulator, column_terms, planes, stream);
-    case 128: return launch_sage1_for<128>(params, op.plan.f16_accumulator, column_terms, planes, stream);
-    default: return launch_sage1_for<256>(params, op.plan.f16_accumulator, column_terms, planes, stream);
-  }
+  choose(op.masking, plan, [&](auto head_dim, auto general) {
+    constexpr bool kGeneral = decltype(general)::value;
+    launch_sage_for<decltype(head_dim)::value, kGeneral>(params, f16_accumulator, column_terms, planes, stream);
+  });
 }
 
 }  // namespace sage::cuda

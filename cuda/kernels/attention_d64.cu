@@ -3,7 +3,7 @@
 
 namespace sage::cuda {
 
-template void launch_flash_for<64>(const AttentionParams&, DType, int64_t, cudaStream_t);
-template void launch_sage1_for<64>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+template void launch_flash_for<64, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
+template void launch_sage_for<64, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 
 }  // namespace sage::cuda

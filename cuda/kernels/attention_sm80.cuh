@@ -1,9 +1,10 @@
-// Attention by mma.sync and cp.async (sm_80 and later): `flash` and `sage1` are one kernel that differs in the
-// type of Q.K and in where the factor of a score comes from.
+// Attention by mma.sync and cp.async (sm_80 and later): all kernels are one, which differs in the type of Q.K, in where
+// the factor of a score comes from and in what P is rounded to. Codes of P and V are held in FP16, which holds them
+// exactly, so one product serves FP16, FP8 and INT8.
 //
-// One block owns kBlockM query rows of one head and walks its keys from right to left in tiles of kBlockN, so the
-// tiles that need a mask (the diagonal, the tail) come first. Fragments are those of the PTX manual: lane l holds
-// rows g and g + 8 (g = l / 4) and columns 8n + 2c, + 1 (c = l % 4) of every 16 x 8 tile.
+// One block owns kBlockM query rows of one head and walks those tiles of kBlockN keys that they see, from right to
+// left. Tiles that need no mask take a shorter way. Fragments are those of the PTX manual: lane l holds rows g and
+// g + 8 (g = l / 4) and columns 8n + 2c, + 1 (c = l % 4) of every 16 x 8 tile.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,6 +15,7 @@
 #include "kernels.h"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
+#include "tile.cuh"
 #include "tuning.h"
 
 namespace sage::cuda {
@@ -36,36 +38,63 @@ struct AttentionParams {
   int q_heads, group;  // query heads that share one KV head
   int q_blocks;        // of one head
   int64_t first_item;
-  bool causal;
   float scale_log2;  // softmax scale times log2(e)
   float largest;     // that V can hold
 
-  // sage1 only
+  // What queries see
+  int offset;                   // query i stands at key i + offset
+  int64_t first_key, last_key;  // that query 0 sees, and every next query one further; may lie far outside
+  const uint8_t* mask_tiles;    // TileState [mask planes, q_blocks or 1, k_tiles] or null
+  const uint64_t* mask_bits;    // visible keys of a tile [mask planes, q_tokens or 1, k_tiles]
+  int mask_batch_step, mask_head_step, mask_rows;  // of planes; rows of one
+  bool adds_mask;
+  Rows mask;  // numbers that are added
+  DType mask_dtype;
+
+  // What changes scores before softmax, those of open tiles too
+  bool changes_open_tiles;
+  float softcap;  // 0: none; times log2(e)
+  const float *alibi, *sinks;
+  int64_t alibi_batch_stride, alibi_head_stride, sinks_stride;
+  const float* row_shift;  // [B, Hq, q_tokens] or null: what scores lack when they are capped
+
+  // Kernels that quantize only
   const float *q_scales, *k_scales;
   int q_groups, k_groups;  // of one head
-  Grouping q_grouping, k_grouping;
-  int q_group_rows, k_group_rows;
+  Grouping q_grouping;
+  int q_group_rows;
+  Groups k_grouping;
+  int k_groups_a_tile;  // 0: those of a tile are not one run
   const uint32_t *q_not_finite, *k_not_finite;
-  int q_words, k_words;  // of one head
-  Rows q_raw, k_raw;     // what the codes were made of; data may be null
+  const uint32_t* v_not_finite;  // null where P is never 0
+  int q_words, k_words;          // of one head
+  Rows q_raw, k_raw;             // what the codes were made of; data may be null
   DType raw_dtype;
   const float* delta;  // [B, Hq, delta_blocks, k_tokens] or null
   int delta_blocks, delta_rows;
   const float *v_scales, *v_mean;  // [B, Hkv, v_dim] or null
-  const float* lse_shift;          // [B, Hq, q_tokens] or null
+  const float* lse_shift;          // [B, Hq, q_tokens] or null: what scores lack when they are compared with sinks
+
+  // With column terms: P is multiplied by 2^log2_range, then rounded by adding and subtracting an anchor, whose bits
+  // are (max(P, least_step) & step_mask) + step_shift in both halves of an FP16 pair; an anchor of 0 leaves P as it is.
+  float log2_range, headroom;
+  uint32_t least_step, step_mask, step_shift;
 };
 
 template <int kHeadDim_, ptx::Operand kQK_, ptx::Operand kPV_, bool kF16Accumulator_ = false,
-          bool kColumnTerms_ = false, bool kFewRows = false>
+          bool kColumnTerms_ = false, bool kFewRows = false, bool kGeneral_ = false>
 struct AttentionConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ptx::Operand kQK = kQK_, kPV = kPV_;
   static constexpr bool kF16Accumulator = kF16Accumulator_;
-  // Scores need more than one factor a row and tile: per-token or odd groups of keys, or smoothed queries.
+  // Scores may need more than one factor a row and tile (per-token or odd groups of keys, smoothed queries), and P may
+  // be codes.
   static constexpr bool kColumnTerms = kColumnTerms_;
+  // There may be a mask, softcap, ALiBi or sinks; windows are for all.
+  static constexpr bool kGeneral = kGeneral_;
 
   static constexpr AttentionTuning kTuning =
-      attention_tuning(kHeadDim, kQK == ptx::Operand::kS8, kF16Accumulator, kFewRows);
+      attention_tuning(kHeadDim, kQK == ptx::Operand::kS8, kF16Accumulator, kFewRows, kColumnTerms || kGeneral);
   static constexpr int kRowTiles = kTuning.row_tiles, kThreads = 32 * kTuning.warps, kMinBlocks = kTuning.min_blocks;
   static constexpr int kBlockM = kTuning.block_q(), kBlockN = kTuning.block_k, kStages = kTuning.stages;
   static constexpr bool kQInRegisters = kTuning.q_in_registers;
@@ -80,6 +109,7 @@ struct AttentionConfig {
   // overflow.
   static constexpr float kShift = kPV == ptx::Operand::kBF16 ? 32.0f : 0.0f;
   static_assert(kQKRow >= 64, "the swizzle needs rows of at least 64 bytes");
+  static_assert(kBlockN == kMaskTileKeys, "tiles of masks are those of keys");
 };
 
 // ---- shared-memory tiles: 16-byte chunks XOR-swizzled by row, so that 8 rows of one chunk never share a bank ----
@@ -94,13 +124,13 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ swizzle<kRowBytes>(row)) << 4);
 }
 
-// One thread's share of a tile: one chunk of every kStep-th row. Tiles are taken from the last to the first.
+// One thread's share of a tile: one chunk of every kStep-th row.
 template <int kRows, int kRowBytes, int kElementBytes, int kThreads, int kStages = 1, int kStageBytes = 0>
 struct TileLoader {
   static constexpr int kChunks = kRowBytes / 16, kStep = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kStep == 0 && (kStep & (kStep - 1)) == 0);
 
-  const char* from;  // this thread's chunk in its first row of the next tile
+  const char* from;  // this thread's chunk in its first row of the tile
   uint32_t to;
   int64_t step;  // bytes from one of its rows to the next
   bool present;  // its chunk lies within the tensor's channels
@@ -124,7 +154,9 @@ struct TileLoader {
     return (to ^ change << 4) + stage + i * kStep * kRowBytes;
   }
 
-  // Enqueues the next tile. kWhole: all rows exist; otherwise rows from `end` on are written as zeros.
+  __device__ __forceinline__ void go_back(int tiles) { from -= kRows / kStep * tiles * step; }
+
+  // Enqueues the tile. kWhole: all rows exist; otherwise rows from `end` on are written as zeros.
   template <bool kWhole>
   __device__ __forceinline__ void load(const Rows& rows, uint32_t stage, int end) {
     if (!rows.aligned) {
@@ -139,7 +171,6 @@ struct TileLoader {
           ptx::copy_async_16(address(to, stage, i), source, threadIdx.x / kChunks + i * kStep < end ? 16 : 0);
       }
     }
-    from -= kRows / kStep * step;
   }
 
   // The same for rows that 16-byte copies cannot take; out of line, as it is rare and long.
@@ -188,6 +219,12 @@ __device__ __forceinline__ float raw_score(const AttentionParams& p, int batch, 
   return sum;
 }
 
+// The same number, of which the compiler knows nothing: what is made of it is not kept in registers from tile to tile.
+__device__ __forceinline__ int forgotten(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 template <class C>
 __device__ __forceinline__ float value_at(const uint8_t* v_tile, int key, int channel) {
   const uint32_t offset = chunk_offset<C::kVRow>(key, channel / 8) + channel % 8 * 2;
@@ -196,11 +233,11 @@ __device__ __forceinline__ float value_at(const uint8_t* v_tile, int key, int ch
 }
 
 // In a tile with masked scores, a V that is not finite would reach masked rows as 0 * NaN. Adds such values to the
-// rows that see them (row 16t + g of a lane sees keys up to lane_limit + 16t), then clears them from the tile. Called
-// by the whole block.
-template <class C>
+// rows that see them (visible(t, half) holds a bit for every key), then clears them from the tile. Called by the whole
+// block.
+template <class C, class Visible>
 __device__ __forceinline__ void isolate_values(uint8_t* v_tile, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
-                                               int lane_limit, int key0) {
+                                               Visible visible) {
   constexpr int kWords = C::kVBytes / 4;
   const uint32_t exponent = C::kPV == ptx::Operand::kF16 ? 0x7c00u : 0x7f80u;
   auto* words = reinterpret_cast<uint32_t*>(v_tile);
@@ -212,7 +249,13 @@ __device__ __forceinline__ void isolate_values(uint8_t* v_tile, float (&o)[C::kR
   if (!__syncthreads_or(found)) return;
 
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int key = 0; key < C::kBlockN; key++) {
+    bool sees[C::kRowTiles][2];
+#pragma unroll
+    for (int t = 0; t < C::kRowTiles; t++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) sees[t][half] = visible(t, half) >> key & 1;
 #pragma unroll
     for (int n = 0; n < C::kHeadDim / 8; n++) {
 #pragma unroll
@@ -221,8 +264,8 @@ __device__ __forceinline__ void isolate_values(uint8_t* v_tile, float (&o)[C::kR
         if (is_finite(value)) continue;
 #pragma unroll
         for (int t = 0; t < C::kRowTiles; t++) {
-          if (key0 + key <= lane_limit + t * 16) o[t][n][e] += value;
-          if (key0 + key <= lane_limit + t * 16 + 8) o[t][n][2 + e] += value;
+          if (sees[t][0]) o[t][n][e] += value;
+          if (sees[t][1]) o[t][n][2 + e] += value;
         }
       }
     }
@@ -357,7 +400,70 @@ __device__ __forceinline__ void store_element(char* base, DType dtype, int64_t i
 
 // Keeps a factor where neither factor * 0 nor factor * -inf is NaN, and a whole score stays finite. NaN stays.
 __device__ __forceinline__ float clamp_factor(float factor) {
-  return factor < 0x1p-126f ? 0x1p-126f : factor > 0x1p100f ? 0x1p100f : factor;
+  float clamped;
+  asm("{ .reg .f32 above; max.NaN.f32 above, %1, 0f00800000; min.NaN.f32 %0, above, 0f71800000; }"
+      : "=f"(clamped)
+      : "f"(factor));
+  return clamped;
+}
+
+// Both halves of a pair of P, rounded to multiples of a power of two that depends on P: codes as FP16 holds them.
+__device__ __forceinline__ uint32_t round_codes(uint32_t pair, const AttentionParams& p) {
+  uint32_t floored, anchor, rounded;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(floored) : "r"(pair), "r"(p.least_step));
+  anchor = (floored & p.step_mask) + p.step_shift;
+  asm("{ .reg .b32 sum; add.rn.f16x2 sum, %1, %2; sub.rn.f16x2 %0, sum, %2; }"
+      : "=r"(rounded)
+      : "r"(pair), "r"(anchor));
+  return rounded;
+}
+
+// cap * tanh(x / cap) for base-2 logits, to a relative error of 4e-7: an odd polynomial near 0, where the other form
+// would cancel.
+__device__ __forceinline__ float soft_cap(float x, float cap, float inverse) {
+  const float y = x * inverse, square = y * y;
+  const float e = ptx::exp2_approx(-2.0f * kLog2e * fabsf(y));
+  const float far = copysignf(__fdividef(1.0f - e, 1.0f + e), y);
+  float near = fmaf(square, 62.0f / 2835.0f, -17.0f / 315.0f);
+  near = fmaf(square, near, 2.0f / 15.0f);
+  near = fmaf(square, near, -1.0f / 3.0f);
+  near = fmaf(square * y, near, y);
+  return cap * (fabsf(y) < 0.25f ? near : y == y ? far : y);
+}
+
+// Softcap, ALiBi and additive masks, on base-2 logits. lane_row: of row 0; each_score is that of the kernel.
+template <class EachScore>
+__device__ __forceinline__ void change_scores(const AttentionParams& p, EachScore each_score, int batch, int head,
+                                              int lane_row, int key0) {
+  if (p.row_shift != nullptr) {
+    const float* const shifts = p.row_shift + (int64_t{batch} * p.q_heads + head) * p.q_tokens;
+    each_score([&](float& x, int t, int half, int) {
+      x += shifts[min(lane_row + t * 16 + half * 8, p.q_tokens - 1)] * kLog2e;
+    });
+  }
+  if (p.softcap > 0.0f) {
+    const float inverse = 1.0f / p.softcap;
+    each_score([&](float& x, int, int, int) { x = soft_cap(x, p.softcap, inverse); });
+  }
+  if (p.alibi != nullptr) {
+    const float slope = p.alibi[batch * p.alibi_batch_stride + head * p.alibi_head_stride] * kLog2e;
+    each_score([&](float& x, int t, int half, int local) {
+      const int here = lane_row + t * 16 + half * 8 + p.offset, key = key0 + local;
+      const uint32_t difference = static_cast<uint32_t>(here) - static_cast<uint32_t>(key);
+      x -= slope * static_cast<float>(here > key ? difference : 0u - difference);
+    });
+  }
+  if (p.adds_mask) {
+    constexpr float kLargest = 0x1.fffffep127f;
+    const int bytes = p.mask_dtype == DType::kF32 ? 4 : 2;
+    const char* const mask = p.mask.data + (batch * p.mask.batch_stride + head * p.mask.head_stride) * bytes;
+    each_score([&](float& x, int t, int half, int local) {
+      const int64_t row = min(lane_row + t * 16 + half * 8, p.q_tokens - 1), key = min(key0 + local, p.k_tokens - 1);
+      const int64_t index = row * p.mask.token_stride + key * p.mask.channel_stride;
+      const float added = kLog2e * element_value(mask + index * bytes, p.mask_dtype);
+      x += added < -kLargest ? -kLargest : added;  // what hides a key is not added
+    });
+  }
 }
 
 // ---- the kernel -----------------------------------------------------------------------------------------------
@@ -383,33 +489,62 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const int64_t kv_plane = plane / p.q_heads * (p.q_heads / p.group) + kv_head;
   const int row0 = q_block * C::kBlockM;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
-  const int first_limit = p.causal ? row0 + p.k_tokens - p.q_tokens : p.k_tokens - 1;  // last key that row0 sees
-  const int last_limit = p.causal ? min(first_limit + C::kBlockM - 1, p.k_tokens - 1) : p.k_tokens - 1;
-  const int tiles = last_limit < 0 ? 0 : last_limit / C::kBlockN + 1;
-  const int open_tiles = min(max(first_limit + 1, 0), p.k_tokens) / C::kBlockN;  // need no mask
+  const int k_tiles = (p.k_tokens + C::kBlockN - 1) / C::kBlockN;
+  const int last_row = min(row0 + C::kBlockM, p.q_tokens) - 1;
+  const auto clamp_key = [&](int64_t key) {
+    return static_cast<int>(min(max(key, int64_t{-1}), static_cast<int64_t>(p.k_tokens)));
+  };
+  // Tiles that some row sees a part of, and those that all rows see all of (but for a mask).
+  const int begin = clamp_key(max(row0 + p.first_key, int64_t{0})) / C::kBlockN;
+  const int end = (clamp_key(min(last_row + p.last_key, p.k_tokens - int64_t{1})) + C::kBlockN) / C::kBlockN;
+  const int open_begin = (max(clamp_key(last_row + p.first_key), 0) + C::kBlockN - 1) / C::kBlockN;
+  const int open_end = clamp_key(row0 + p.last_key + 1) / C::kBlockN;
+  const int mask_plane = batch * p.mask_batch_step + head * p.mask_head_step;
+  const uint8_t* const mask_tiles =
+      !C::kGeneral || p.mask_tiles == nullptr
+          ? nullptr
+          : p.mask_tiles + (p.mask_rows > 1 ? int64_t{mask_plane} * p.q_blocks + q_block : mask_plane) * k_tiles;
+  const auto mask_state = [&](int tile) {
+    return mask_tiles == nullptr || tile < 0 ? TileState::kOpen : static_cast<TileState>(mask_tiles[tile]);
+  };
+  // The tile to visit after one; -1: none.
+  const auto next_tile = [&](int tile) {
+    do tile--;
+    while (tile >= begin && mask_state(tile) == TileState::kClosed);
+    return tile >= begin ? tile : -1;
+  };
+  int tile = next_tile(end), next = next_tile(tile);
 
   const char* const q_plane = p.q.data + (batch * p.q.batch_stride + head * p.q.head_stride) * C::kQKBytes;
   const char* const k_plane = p.k.data + (batch * p.k.batch_stride + kv_head * p.k.head_stride) * C::kQKBytes;
   const char* const v_plane = p.v.data + (batch * p.v.batch_stride + kv_head * p.v.head_stride) * 2;
-  const int64_t last_key0 = static_cast<int64_t>(tiles - 1) * C::kBlockN;
-  const int last_keys = p.k_tokens - static_cast<int>(last_key0);
-  TileLoader<C::kBlockN, C::kQKRow, C::kQKBytes, C::kThreads, C::kStages, kStageBytes> k_loader(p.k, k_plane, last_key0,
-                                                                                                first_stage);
-  TileLoader<C::kBlockN, C::kVRow, 2, C::kThreads, C::kStages, kStageBytes> v_loader(p.v, v_plane, last_key0,
-                                                                                     first_stage + C::kKBytes);
-  if (tiles > 0) {  // only the last tile can be cut short
+  TileLoader<C::kBlockN, C::kQKRow, C::kQKBytes, C::kThreads, C::kStages, kStageBytes> k_loader(
+      p.k, k_plane, static_cast<int64_t>(tile) * C::kBlockN, first_stage);
+  TileLoader<C::kBlockN, C::kVRow, 2, C::kThreads, C::kStages, kStageBytes> v_loader(
+      p.v, v_plane, static_cast<int64_t>(tile) * C::kBlockN, first_stage + C::kKBytes);
+  if (tile >= 0) {  // only the first tile that is visited can be cut short
     TileLoader<C::kBlockM, C::kQKRow, C::kQKBytes, C::kThreads> q_loader(p.q, q_plane, row0, q_tile);
     q_loader.template load<false>(p.q, 0, p.q_tokens - row0);
-    k_loader.template load<false>(p.k, 0, last_keys);
-    if (C::kStages > 1) v_loader.template load<false>(p.v, 0, last_keys);
+    k_loader.template load<false>(p.k, 0, p.k_tokens - tile * C::kBlockN);
+    if (C::kStages > 1) v_loader.template load<false>(p.v, 0, p.k_tokens - tile * C::kBlockN);
     ptx::copy_async_commit();
   }
   uint32_t stage = 0;
 
-  // Row 16t + 8 * half of this lane sees keys up to lane_limit + 16t + 8 * half, and never one beyond the end.
+  // Which keys of a tile row 16t + 8 * half of this lane sees, a bit each.
   const int lane_row = row0 + warp * kRowTiles * 16 + g;
-  const int lane_limit = p.causal ? lane_row + p.k_tokens - p.q_tokens : p.k_tokens - 1 + C::kBlockN;
-  const auto sees = [&](int t, int half, int key) { return key <= lane_limit + t * 16 + half * 8 && key < p.k_tokens; };
+  const auto visible = [&](int tile, int t, int half) -> uint64_t {
+    const int key0 = tile * C::kBlockN, row = forgotten(lane_row) + t * 16 + half * 8;
+    const int first = max(clamp_key(row + p.first_key) - key0, 0);
+    const int last = min(min(clamp_key(row + p.last_key), p.k_tokens - 1) - key0, C::kBlockN - 1);
+    if (first > last) return 0;
+    uint64_t bits = ~uint64_t{0} << first & ~uint64_t{0} >> (C::kBlockN - 1 - last);
+    if (C::kGeneral && p.mask_bits != nullptr) {
+      const int64_t plane = forgotten(mask_plane);
+      bits &= p.mask_bits[(plane * p.mask_rows + min(row, p.mask_rows - 1)) * k_tiles + tile];
+    }
+    return bits;
+  };
 
   // What turns a raw score into base-2 logits.
   float factor[kRowTiles][2];
@@ -422,13 +557,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         const int known = min(lane_row + t * 16 + half * 8, p.q_tokens - 1);
         factor[t][half] *= p.q_scales[plane * p.q_groups + group_of(p.q_grouping, known, p.q_group_rows)];
         if (p.q_not_finite[plane * p.q_words + known / 32] >> known % 32 & 1) factor[t][half] = float_of(0x7fc00000u);
+      } else if (C::kGeneral && p.softcap > 0.0f) {  // it would make a number of infinity
+        constexpr DType kType = C::kQK == ptx::Operand::kF16 ? DType::kF16 : DType::kBF16;
+        const int64_t known = min(lane_row + t * 16 + half * 8, p.q_tokens - 1);
+        bool finite = true;
+#pragma unroll 1
+        for (int d = c; d < p.q.channels; d += 4)
+          finite &= is_finite(element_value(q_plane + (known * p.q.token_stride + d * p.q.channel_stride) * 2, kType));
+        if (__ballot_sync(~0u, !finite) >> g * 4 & 15) factor[t][half] = float_of(0x7fc00000u);
       }
     }
   }
-  // The scale of a tile's keys that this lane holds; column terms fetch theirs one by one.
-  const int k_groups_a_run = kQuantized && p.k_grouping == Grouping::kThreadKey ? 4 : 1;
+  // The scale of a tile's keys that this lane holds, where there is one.
   const float* const k_scales =
-      kQuantized ? p.k_scales + kv_plane * p.k_groups + (k_groups_a_run == 4 ? c : 0) : nullptr;
+      kQuantized ? p.k_scales + kv_plane * p.k_groups + (p.k_groups_a_tile == 4 ? c : 0) : nullptr;
 
   float o[kRowTiles][kDTiles][4], maximum[kRowTiles][2], sum[kRowTiles][2];
 #pragma unroll
@@ -444,19 +586,37 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       for (int e = 0; e < 4; e++) o[t][n][e] = 0.0f;
   }
 
-  const auto k_scale_of = [&](int tile) {
-    if (!kQuantized || C::kColumnTerms || tile < 0) return 1.0f;
-    return k_scales[tile * k_groups_a_run];
+  const auto k_scale_of = [&](int tile) { return kQuantized && tile >= 0 ? k_scales[tile * p.k_groups_a_tile] : 1.0f; };
+  float next_k_scale = k_scale_of(tile);  // fetched one tile ahead
+  uint32_t seen = 0;                      // rows that see a key, a bit each
+  // The row that was subtracted from a row of Q, times all keys; mostly all rows of a block share one.
+  const bool one_delta = C::kColumnTerms && p.delta != nullptr && row0 / p.delta_rows == last_row / p.delta_rows;
+  const auto delta_of = [&](int row) {
+    return p.delta + (plane * p.delta_blocks + min(row, p.q_tokens - 1) / p.delta_rows) * p.k_tokens;
   };
-  float next_k_scale = k_scale_of(tiles - 1);  // fetched one tile ahead
   // Bit j of word w: key 32w + j of the tile holds a value that is not finite.
   const auto not_finite = [&](int tile, int w) -> uint32_t {
     const int word = tile * (C::kBlockN / 32) + w;
     return kQuantized && tile >= 0 && word < p.k_words ? p.k_not_finite[kv_plane * p.k_words + word] : 0;
   };
-  // Tiles with masked scores, or with scores that INT8 cannot hold, take the longer way.
+  // Tiles with scores that a mask hides or changes, or that INT8 cannot hold, take the longer way.
   [[maybe_unused]] uint32_t q[C::kQKRow / 32][kRowTiles][4];
-  auto process = [&](int tile, auto masked) {
+  [[maybe_unused]] bool has_q = false;
+  const auto values_not_finite = [&](int tile) -> uint32_t {
+    const bool codes = C::kColumnTerms && p.v_not_finite != nullptr && tile >= 0;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int w = 0; w < C::kBlockN / 32; w++) {
+      const int word = tile * (C::kBlockN / 32) + w;
+      if (codes && word < p.k_words) bits |= p.v_not_finite[kv_plane * p.k_words + word];
+    }
+    return bits;
+  };
+  const auto hides = [&](int tile) {
+    return values_not_finite(tile) != 0 || tile < open_begin || tile >= open_end ||
+           mask_state(tile) == TileState::kHides;
+  };
+  auto process = [&](auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
     const int key0 = tile * C::kBlockN;
     ptx::copy_async_wait<0>();
@@ -464,16 +624,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     const uint32_t k_tile = first_stage + stage, v_tile = k_tile + C::kKBytes;
     if constexpr (C::kStages > 1) {
       stage ^= kStageBytes;
-      if (tile > 0) {
+      if (next >= 0) {
+        k_loader.go_back(tile - next);
+        v_loader.go_back(tile - next);
         k_loader.template load<true>(p.k, stage, C::kBlockN);
         v_loader.template load<true>(p.v, stage, C::kBlockN);
       }
     } else {
-      v_loader.template load<!kMasked>(p.v, 0, tile == tiles - 1 ? last_keys : C::kBlockN);
+      v_loader.template load<!kMasked>(p.v, 0, p.k_tokens - key0);
+      v_loader.go_back(tile - next);
     }
     ptx::copy_async_commit();
     if constexpr (C::kQInRegisters) {
-      if (tile == tiles - 1) {
+      if (!has_q) {
+        has_q = true;
 #pragma unroll
         for (int step = 0; step < C::kQKRow / 32; step++)
 #pragma unroll
@@ -484,11 +648,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     Score raw[kRowTiles][kNTiles][4];
     multiply_qk<C>(raw, q_tile, q, k_tile);
     const float k_scale = next_k_scale;
-    next_k_scale = k_scale_of(tile - 1);
+    next_k_scale = k_scale_of(next);
     if constexpr (C::kStages == 1) {
       ptx::copy_async_wait<0>();
       __syncthreads();  // V is there; everybody is done with K
-      if (tile > 0) k_loader.template load<true>(p.k, 0, C::kBlockN);
+      if (next >= 0) {
+        k_loader.go_back(tile - next);
+        k_loader.template load<true>(p.k, 0, C::kBlockN);
+      }
       ptx::copy_async_commit();
     }
 
@@ -502,7 +669,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
           for (int t = 0; t < kRowTiles; t++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-              const int32_t x = __float_as_int(raw_score(p, batch, head, lane_row + t * 16 + half * 8, key0 + column));
+              const int row = forgotten(lane_row) + t * 16 + half * 8;
+              const int32_t x = __float_as_int(raw_score(p, forgotten(batch), forgotten(head), row, key0 + column));
 #pragma unroll
               for (int n = w * 4; n < w * 4 + 4; n++)
 #pragma unroll
@@ -523,39 +691,89 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         for (int n = 0; n < kNTiles; n++)
 #pragma unroll
           for (int e = 0; e < 4; e++) {
-            const int key = key0 + n * 8 + c * 2 + e % 2;
-            float x;
             if constexpr (kQuantized)
-              x = __int_as_float(raw[t][n][e]) - kBias;
+              s[t][n][e] = __int_as_float(raw[t][n][e]) - kBias;
             else
-              x = raw[t][n][e];
-            if constexpr (C::kColumnTerms) {
-              const int known = min(key, p.k_tokens - 1);
-              const int64_t k_group = kv_plane * p.k_groups + group_of(p.k_grouping, known, p.k_group_rows);
-              x *= clamp_factor(factor[t][e / 2] * p.k_scales[k_group]);
-              if (p.delta != nullptr) {
-                const int row = min(lane_row + t * 16 + e / 2 * 8, p.q_tokens - 1);
-                x += p.scale_log2 * p.delta[(plane * p.delta_blocks + row / p.delta_rows) * p.k_tokens + known];
-              }
-            }
-            if constexpr (kMasked) {
-              if (!sees(t, e / 2, key)) x = -INFINITY;
-            }
-            s[t][n][e] = x;
+              s[t][n][e] = raw[t][n][e];
           }
+    }
+    float multiplier[kRowTiles][2];
+#pragma unroll
+    for (int t = 0; t < kRowTiles; t++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        multiplier[t][half] = clamp_factor(factor[t][half] * k_scale);
+        // The bias of open tiles leaves in one addend with the maximum. That is exact as the multiplier has three
+        // bits less, so that its product with the bias fits, and as the kept maximum is an integer.
+        if (kQuantized && !C::kColumnTerms) multiplier[t][half] = float_of(bits_of(multiplier[t][half]) & ~7u);
+      }
+    const auto each_score = [&](auto change) {  // calls change(score, row tile, half, key less key0)
+#pragma unroll
+      for (int n = 0; n < kNTiles; n++)
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) change(s[t][n][e], t, e / 2, n * 8 + c * 2 + e % 2);
+    };
+    const auto take_multiplier = [&] {
+      each_score([&](float& x, int t, int half, int) { x *= multiplier[t][half]; });
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++) multiplier[t][0] = multiplier[t][1] = 1.0f;
+    };
+    if constexpr (C::kColumnTerms) {
+      const int last_local = kMasked ? min(p.k_tokens - 1 - key0, C::kBlockN - 1) : C::kBlockN - 1;
+      if (p.k_groups_a_tile == 0) {
+        const GroupWindow groups(p.k_grouping, key0);
+        each_score([&](float& x, int t, int half, int local) {
+          x *= clamp_factor(factor[t][half] * k_scales[groups.of(min(local, last_local))]);
+        });
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++) multiplier[t][0] = multiplier[t][1] = 1.0f;
+      } else if (p.delta != nullptr) {
+        take_multiplier();
+      }
+      // That of a key that is not finite is part of its score already.
+      const auto add_delta = [&](float& x, float delta) {
+        x = fmaf(p.scale_log2, kMasked && !is_finite(delta) ? 0.0f : delta, x);
+      };
+      if (one_delta) {
+        const float* const delta = delta_of(row0) + key0;
+        each_score([&](float& x, int, int, int local) { add_delta(x, delta[min(local, last_local)]); });
+      } else if (p.delta != nullptr) {
+        each_score([&](float& x, int t, int half, int local) {
+          add_delta(x, delta_of(lane_row + t * 16 + half * 8)[key0 + min(local, last_local)]);
+        });
+      }
+    }
+    if constexpr (kMasked) {
+      if (C::kGeneral && (p.changes_open_tiles || (p.adds_mask && mask_state(tile) != TileState::kOpen))) {
+        take_multiplier();
+        change_scores(p, each_score, forgotten(batch), forgotten(head), forgotten(lane_row), key0);
+      }
+#pragma unroll
+      for (int t = 0; t < kRowTiles; t++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const uint64_t bits = visible(tile, t, half);
+          seen |= bits != 0 ? 1u << (t * 2 + half) : 0;
+          const uint32_t low = static_cast<uint32_t>(bits) >> c * 2, high = static_cast<uint32_t>(bits >> 32) >> c * 2;
+#pragma unroll
+          for (int n = 0; n < kNTiles; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+              if (!((n < 4 ? low : high) & 1u << (n % 4 * 8 + e))) s[t][n][2 * half + e] = -INFINITY;
+        }
+    } else {
+      seen = ~0u;
     }
 
     // Online softmax in base 2: first the maxima.
-    float multiplier[kRowTiles][2], addend[kRowTiles][2];
+    float addend[kRowTiles][2];
 #pragma unroll
     for (int t = 0; t < kRowTiles; t++) {
       float rescale[2];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        multiplier[t][half] = C::kColumnTerms ? 1.0f : clamp_factor(factor[t][half] * k_scale);
-        // The bias of open tiles leaves in one addend with the maximum. That is exact as the multiplier has three
-        // bits less, so that its product with the bias fits, and as the kept maximum is an integer.
-        if (kQuantized) multiplier[t][half] = float_of(bits_of(multiplier[t][half]) & ~7u);
         float largest;
         if constexpr (kLazy) {
           int32_t bits = raw[t][0][2 * half];
@@ -570,12 +788,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         largest *= multiplier[t][half];
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-        if (kQuantized) largest = ceilf(largest);
-        const float next = largest > maximum[t][half] + C::kHeadroom ? largest : maximum[t][half];
-        const float offset = next == -INFINITY ? 0.0f : next;  // nothing visible yet
+        if (kQuantized && !C::kColumnTerms) largest = ceilf(largest);
+        const float headroom = C::kColumnTerms ? p.headroom : C::kHeadroom;
+        const float top = largest > maximum[t][half] + headroom ? largest : maximum[t][half];
+        const float offset = top == -INFINITY ? 0.0f : top;  // nothing visible yet
         rescale[half] = ptx::exp2_approx(maximum[t][half] - offset);
-        maximum[t][half] = next;
+        maximum[t][half] = top;
         addend[t][half] = (kLazy ? fmaf(-kBias, multiplier[t][half], -offset) : -offset) - C::kShift;
+        if constexpr (C::kColumnTerms) addend[t][half] += p.log2_range;
       }
       if (__any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
@@ -586,7 +806,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         for (int half = 0; half < 2; half++) sum[t][half] *= rescale[half];
       }
     }
-    if constexpr (kMasked) isolate_values<C>(shared + (v_tile - q_tile), o, lane_limit, key0);
+    if constexpr (kMasked) {
+      if (hides(tile)) {
+        isolate_values<C>(shared + (v_tile - q_tile), o, [&](int t, int half) { return visible(tile, t, half); });
+      }
+    }
 
     // Then P, 16 keys at a time, so that exponentials overlap the products of the keys before.
     constexpr int kSteps = C::kBlockN / 16;
@@ -607,8 +831,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
             e[i] = ptx::exp2_approx(fmaf(x, multiplier[t][i / 2], addend[t][i / 2]));
             sum[t][i / 2] += e[i];
           }
-          probabilities[step][t][2 * n] = pack<C::kPV>(e[0], e[1]);
-          probabilities[step][t][2 * n + 1] = pack<C::kPV>(e[2], e[3]);
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            uint32_t pair = pack<C::kPV>(e[2 * half], e[2 * half + 1]);
+            if constexpr (C::kColumnTerms) pair = round_codes(pair, p);
+            probabilities[step][t][2 * n + half] = pair;
+          }
         }
       }
     };
@@ -620,22 +848,26 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     }
     if constexpr (C::kF16Accumulator) multiply_pv_f16<C>(o, probabilities, v_tile);
   };
-  const auto any_not_finite = [&](int tile) {
-    uint32_t bits = 0;
+  // What else takes the longer way than the edges of what rows see; known one tile ahead.
+  const auto find_obstacles = [&](int tile) {
+    uint32_t bits = values_not_finite(tile) | static_cast<uint32_t>(mask_state(tile) != TileState::kOpen);
 #pragma unroll
     for (int w = 0; w < C::kBlockN / 32; w++) bits |= not_finite(tile, w);
     return bits;
   };
-  uint32_t bad = any_not_finite(tiles - 1), next_bad = any_not_finite(tiles - 2);
-  const auto is_open = [&](int tile) { return tile >= 0 && tile < open_tiles && bad == 0; };
-  const auto advance = [&](int tile) {
-    bad = next_bad;
-    next_bad = any_not_finite(tile - 2);
-    return tile - 1;
+  uint32_t obstacles = find_obstacles(tile), next_obstacles = find_obstacles(next);
+  const auto is_open = [&] {
+    return tile >= open_begin && tile < open_end && obstacles == 0 && !(C::kGeneral && p.changes_open_tiles);
   };
-  for (int tile = tiles - 1; tile >= 0;) {
-    for (; is_open(tile); tile = advance(tile)) process(tile, std::false_type{});
-    for (; tile >= 0 && !is_open(tile); tile = advance(tile)) process(tile, std::true_type{});
+  const auto advance = [&] {
+    tile = next;
+    next = next_tile(tile);
+    obstacles = next_obstacles;
+    next_obstacles = find_obstacles(next);
+  };
+  while (tile >= 0) {
+    for (; is_open(); advance()) process(std::false_type{});
+    for (; tile >= 0 && !is_open(); advance()) process(std::true_type{});
   }
 
   // Epilogue: O / sum, straight from the fragments.
@@ -648,12 +880,23 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       total += __shfl_xor_sync(~0u, total, 1);
       total += __shfl_xor_sync(~0u, total, 2);
       if (row >= p.q_tokens) continue;
-      const bool visible = sees(t, half, 0);
-      const float inverse = 1.0f / total;
+      const bool sees = seen >> (t * 2 + half) & 1;
+      const float shift = C::kShift - (C::kColumnTerms ? p.log2_range : 0.0f);  // of sums
+      const float row_shift = p.lse_shift != nullptr ? p.lse_shift[plane * p.q_tokens + row] : 0.0f;
+      float top = maximum[t][half], kept = 1.0f, share = 1.0f, unseen = -INFINITY;
+      if (C::kGeneral && p.sinks != nullptr) {  // a logit that counts in the denominator alone
+        unseen = p.sinks[head * p.sinks_stride];
+        const float sink = (unseen - row_shift) * kLog2e;
+        top = fmaxf(top, sink);
+        kept = ptx::exp2_approx(maximum[t][half] - top);
+        const float of_keys = total * kept;
+        total = of_keys + ptx::exp2_approx(sink - top - shift);
+        share = of_keys / total;
+      }
+      const float inverse = kept / total;
       if (p.lse != nullptr && c == 0) {
-        float lse = (maximum[t][half] + (log2f(total) + C::kShift)) * kLn2;
-        if (p.lse_shift != nullptr) lse += p.lse_shift[plane * p.q_tokens + row];
-        p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = visible ? lse : -INFINITY;
+        const float lse = (top + (log2f(total) + shift)) * kLn2 + row_shift;
+        p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = sees ? lse : unseen;
       }
       const int64_t o_row = batch * p.o_stride[0] + head * p.o_stride[1] + row * p.o_stride[2];
 #pragma unroll
@@ -664,10 +907,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
           if (channel >= p.v_dim) continue;
           float value = o[t][n][2 * half + e] * inverse;
           if (p.v_scales != nullptr) value *= p.v_scales[kv_plane * p.v_dim + channel];
-          if (p.v_mean != nullptr) value += p.v_mean[kv_plane * p.v_dim + channel];
+          if (p.v_mean != nullptr) value += p.v_mean[kv_plane * p.v_dim + channel] * share;
           // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
           if (is_finite(value)) value = fminf(fmaxf(value, -p.largest), p.largest);
-          store_element(p.o, p.out_dtype, o_row + channel * p.o_stride[3], visible ? value : 0.0f);
+          store_element(p.o, p.out_dtype, o_row + channel * p.o_stride[3], sees ? value : 0.0f);
         }
       }
     }
@@ -702,37 +945,42 @@ void launch_attention(AttentionParams params, int64_t planes, cudaStream_t strea
   }
 }
 
-// One head dimension a source file, so that they compile side by side.
-template <int kHeadDim>
+// One head dimension a source file, and another for masks, so that they compile side by side.
+template <int kHeadDim, bool kGeneral>
 void launch_flash_for(const AttentionParams& params, DType dtype, int64_t planes, cudaStream_t stream) {
   using ptx::Operand;
-  if (dtype == DType::kF16) {
-    launch_attention<AttentionConfig<kHeadDim, Operand::kF16, Operand::kF16>>(params, planes, stream);
-  } else {
-    launch_attention<AttentionConfig<kHeadDim, Operand::kBF16, Operand::kBF16>>(params, planes, stream);
-  }
+  const auto launch = [&](auto operand) {
+    constexpr Operand kOperand = decltype(operand)::value;
+    launch_attention<AttentionConfig<kHeadDim, kOperand, kOperand, false, false, false, kGeneral>>(params, planes,
+                                                                                                   stream);
+  };
+  if (dtype == DType::kF16) return launch(std::integral_constant<Operand, Operand::kF16>{});
+  launch(std::integral_constant<Operand, Operand::kBF16>{});
 }
 
-template <int kHeadDim>
-void launch_sage1_for(const AttentionParams& params, bool f16_accumulator, bool column_terms, int64_t planes,
-                      cudaStream_t stream) {
+template <int kHeadDim, bool kGeneral>
+void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool column_terms, int64_t planes,
+                     cudaStream_t stream) {
   using ptx::Operand;
-  constexpr auto kS8 = Operand::kS8, kF16 = Operand::kF16;
-  const auto choose = [&](auto accumulator, auto few_rows) {
-    constexpr bool kAccumulator = decltype(accumulator)::value, kFewRows = decltype(few_rows)::value;
-    if (column_terms) {
-      launch_attention<AttentionConfig<kHeadDim, kS8, kF16, kAccumulator, true, kFewRows>>(params, planes, stream);
-    } else {
-      launch_attention<AttentionConfig<kHeadDim, kS8, kF16, kAccumulator, false, kFewRows>>(params, planes, stream);
-    }
+  const auto launch = [&](auto accumulator, auto terms, auto few_rows) {
+    launch_attention<AttentionConfig<kHeadDim, Operand::kS8, Operand::kF16, decltype(accumulator)::value,
+                                     decltype(terms)::value, decltype(few_rows)::value, kGeneral>>(params, planes,
+                                                                                                   stream);
   };
-  if (f16_accumulator) return choose(std::true_type{}, std::false_type{});
-  constexpr bool kHasChoice = attention_tuning(kHeadDim, true, false, true).row_tiles !=
-                              attention_tuning(kHeadDim, true, false, false).row_tiles;
-  if constexpr (kHasChoice) {
-    if (few_rows_pay(params.k_tokens)) return choose(std::false_type{}, std::true_type{});
+  constexpr std::true_type kYes;
+  constexpr std::false_type kNo;
+  if (column_terms || (kGeneral && f16_accumulator)) {
+    return f16_accumulator ? launch(kYes, kYes, kYes) : launch(kNo, kYes, kYes);
   }
-  choose(std::false_type{}, std::false_type{});
+  if constexpr (!kGeneral) {
+    if (f16_accumulator) return launch(kYes, kNo, kYes);
+    constexpr bool kHasChoice = attention_tuning(kHeadDim, true, false, true, false).row_tiles !=
+                                attention_tuning(kHeadDim, true, false, false, false).row_tiles;
+    if constexpr (kHasChoice) {
+      if (!few_rows_pay(column_terms, params.k_tokens)) return launch(kNo, kNo, kNo);
+    }
+  }
+  launch(kNo, kNo, kYes);
 }
 
 }  // namespace sage::cuda

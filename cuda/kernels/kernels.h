@@ -29,35 +29,51 @@ void launch_dequantize(const QuantizeOp& op, cudaStream_t stream);
 void launch_find_not_finite(const View& codes, uint32_t* not_finite, cudaStream_t stream);
 
 // ---- values.cu: V as the FP16 P.V product takes it --------------------------------------------------------
-// v16 [B, H, N, >= Dv] = (v - mean) / scale, scale a power of two per channel with |v16| <= largest; values that
-// are not finite stay so. Padding channels are written as 0. `mean` may be absent.
+// v16 [B, H, N, >= Dv] = (v - mean) / scale, with a scale per channel; values that are not finite stay so. Padding
+// channels are written as 0. `mean` may be absent. kF16: scales are powers of two, with |v16| <= range; kI8, kE4M3:
+// v16 is a code of that type, the largest magnitude's is `range`. `not_finite`, where it is not null, receives one bit
+// a token, as above.
 size_t values_scratch_bytes(const View& v);
-void launch_values(const View& v, const View& mean, float largest, const View& v16, const View& scales, void* scratch,
-                   cudaStream_t stream);
+void launch_values(const View& v, const View& mean, DType codes, float range, const View& v16, const View& scales,
+                   uint32_t* not_finite, void* scratch, cudaStream_t stream);
+
+// ---- masks.cu: which tiles of a mask need to be looked at -------------------------------------------------
+enum class TileState : uint8_t { kClosed, kOpen, kAdds, kHides };  // kAdds: numbers, but all keys are visible
+
+constexpr int kMaskTileKeys = 64;
+
+struct MaskTiles {
+  TileState* tiles;  // [B or 1, Hq or 1, ceil(Nq / block_q) or 1, ceil(Nk / 64)]; null: no mask
+  uint64_t* bits;    // [B or 1, Hq or 1, Nq or 1, ceil(Nk / 64)]: visible keys
+};
+void launch_mask_tiles(const View& mask, int block_q, const MaskTiles& out, cudaStream_t stream);
 
 // ---- attention.cu -----------------------------------------------------------------------------------------
-void launch_flash(const AttentionOp& op, cudaStream_t stream);
+void launch_flash(const AttentionOp& op, const MaskTiles& tiles, cudaStream_t stream);
 // decode.cu: the same where plan.key_splits is not 0; takes decode_workspace_bytes().
 void launch_decode(const AttentionOp& op, void* workspace, cudaStream_t stream);
 // Quantized operands in the kernel's own layout, made by stream.cu with the launchers above.
-struct Sage1Op {
+struct SageOp {
   View q_raw, k_raw;  // what the codes were made of; absent where nobody knows
   View q, k;          // INT8, channels padded with zeros to plan.padded_head_dim
   const uint32_t* q_not_finite;
   const uint32_t* k_not_finite;
-  View q_scales, k_scales;  // f32 [B, H, groups, 1]
+  const uint32_t* v_not_finite;  // or null: that of V where P is rounded, so that it may be 0
+  View q_scales, k_scales;       // f32 [B, H, groups, 1]
   View delta;  // absent, or f32 [B, Hq, ceil(Nq / delta_rows), Nk]: (rows subtracted from Q) . K^T, not yet times scale
   int64_t delta_rows;
-  View v;                 // f16
+  View v;                 // f16: numbers, or codes of INT8 or FP8
   DType v_dtype;          // of V as it was given
   View v_scales, v_mean;  // f32 [B, H, 1, Dv] or absent
   View o, lse;
   View lse_shift;  // absent, or f32 [B, Hq, Nq, 1]: added to lse (natural logarithm): scale * q . k_mean
-  bool causal;
+  Masking masking;
+  MaskTiles mask_tiles;  // where there is a mask
+  bool causal;           // masking.after == 0
   float scale;
   Plan plan;
 };
-void launch_sage1(const Sage1Op& op, cudaStream_t stream);
+void launch_sage(const SageOp& op, cudaStream_t stream);
 
 // ---- row_products.cu: the corrections of smoothed queries and of lse, in f32 ---------------------------------
 // Rows x * scale + mean or x * scale - mean: numbers, or INT8 codes with the scales of their groups.
@@ -74,7 +90,8 @@ struct ProductOperand {
 void launch_row_products(const ProductOperand& rows, const ProductOperand& columns, float factor, const View& out,
                          cudaStream_t stream);
 
-// ---- pack.cu: f32 or INT8, copied; rows and channels of `to` beyond those of `from` are zeros -----------------
+// ---- pack.cu: f32 or INT8, copied; INT4 as INT8; INT8 or FP8 codes as the FP16 numbers that they are -----------
+// Rows and channels of `to` beyond those of `from` are zeros.
 void launch_pack(const View& from, const View& to, cudaStream_t stream);
 
 }  // namespace sage::cuda

@@ -1,6 +1,10 @@
 // The CUDA device's streams: memory in stream order from the device's pool, and operations as runs of launches.
+#include <algorithm>
+#include <array>
+
 #include "events.h"
 #include "sm90/flash.h"
+#include "tuning.h"
 #include "workspace.h"
 
 namespace sage {
@@ -33,6 +37,12 @@ bool is_dense(const View& view) {
   return true;
 }
 
+// A view of the channels that hold something.
+View without_padding(View view, int64_t channels) {
+  view.shape[3] = channels;
+  return view;
+}
+
 // Rows that the attention kernels can copy 16 bytes at a time.
 bool has_aligned_rows(const View& codes) {
   for (int i = 0; i < 3; i++) {
@@ -41,7 +51,7 @@ bool has_aligned_rows(const View& codes) {
   return codes.stride[3] == 1 && reinterpret_cast<uintptr_t>(codes.data) % 16 == 0;
 }
 
-AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, bool causal) {
+AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, const Masking& masking) {
   return {q.batch(),
           q.heads(),
           k.heads(),
@@ -51,13 +61,68 @@ AttentionShape shape_of(const View& q, const View& k, const View& v, const View&
           v.channels(),
           q.dtype,
           o.dtype,
-          causal,
-          has_boxes(q) && has_boxes(k) && has_boxes(v)};
+          masking.after == 0,
+          has_boxes(q) && has_boxes(k) && has_boxes(v),
+          masking};
 }
 
 // What V may grow to in FP16: with FP32 sums a power of two that FP16 holds; with FP16 sums of one key tile, whose
 // weights are at most 1, small enough that rounding up cannot overflow them.
 float largest_value(const Plan& plan) { return plan.f16_accumulator ? 60000.0f / plan.block_k : 32768.0f; }
+
+// How kernels hold V: as numbers, or as codes with the largest at `range`.
+struct ValueForm {
+  DType codes;
+  float range;
+
+  explicit ValueForm(const Plan& plan) {
+    switch (plan.kernel) {
+      case Kernel::kSage1: codes = DType::kF16, range = largest_value(plan); return;
+      case Kernel::kSage1Int8: codes = DType::kI8, range = kInt8Range; return;
+      default: codes = DType::kE4M3, range = plan.v_range;
+    }
+  }
+};
+
+// The view of several sequences of which `view` is the first.
+View batch_of(View view, int64_t sequences) {
+  if (!view) return view;
+  view.shape[0] = sequences;
+  view.stride[0] = view.tokens() * view.stride[2];
+  return view;
+}
+
+// Whether `next` lies where `view`, a batch of sequences, would have one more.
+bool continues(const View& view, const View& next) {
+  const int64_t bytes = view.batch() * view.tokens() * view.stride[2] * bits_per_element(view.dtype) / 8;
+  return view.tokens() == next.tokens() && (!view || static_cast<char*>(view.data) + bytes == next.data);
+}
+
+// Neighbouring sequences of the same lengths are one batch.
+std::vector<AttentionOp> merge_sequences(const std::vector<AttentionOp>& ops) {
+  std::vector<AttentionOp> merged;
+  for (const AttentionOp& op : ops) {
+    if (!merged.empty()) {
+      AttentionOp& batch = merged.back();
+      const bool same = !op.masking.mask && op.masking.offset == batch.masking.offset &&
+                        op.masking.before == batch.masking.before && op.masking.after == batch.masking.after;
+      if (same && continues(batch.q, op.q) && continues(batch.k, op.k) && continues(batch.v, op.v) &&
+          continues(batch.o, op.o) && continues(batch.lse, op.lse)) {
+        const int64_t sequences = batch.q.batch() + 1;
+        for (View* view : {&batch.q, &batch.k, &batch.v, &batch.o, &batch.lse}) *view = batch_of(*view, sequences);
+        continue;
+      }
+    }
+    merged.push_back(op);
+  }
+  for (AttentionOp& op : merged) {
+    op.plan.workspace_bytes = attention_workspace_bytes(shape_of(op.q, op.k, op.v, op.o, op.masking), op.plan);
+  }
+  return merged;
+}
+
+constexpr size_t kLanes = 8;  // streams that sequences of different lengths are spread over
+using SideStreams = std::array<cudaStream_t, kLanes - 1>;
 
 class CudaStream final : public Stream {
  public:
@@ -71,6 +136,9 @@ class CudaStream final : public Stream {
     cudaSetDevice(device_.ordinal);
     cudaStreamSynchronize(stream_);
     cudaStreamDestroy(stream_);
+    for (const cudaStream_t side : sides_) {
+      if (side != nullptr) cudaStreamDestroy(side);
+    }
     if (--device_.streams == 0) cudaMemPoolTrimTo(device_.pool, 0);
     cudaGetLastError();
   }
@@ -204,44 +272,51 @@ class CudaStream final : public Stream {
 
   void attention(const AttentionOp& op) override {
     enter(device_);
+    const Workspace memory(*this, op.plan.workspace_bytes);
     Stages stages(current_trace());
-    if (op.plan.kernel == Kernel::kFlash) {
-      const Workspace memory(*this, op.plan.workspace_bytes);
-      stages.begin("attention");
-      if (op.plan.key_splits != 0) return launch_decode(op, memory.at(0), stream_);
-      return op.plan.architecture == 90 ? sm90::launch_flash(op, stream_) : launch_flash(op, stream_);
-    }
-    const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
-    if (op.plan.kernel == Kernel::kSage2 || op.plan.kernel == Kernel::kSage2Int4) return run_sage2(op, shape, stages);
-    expect_sage1(op.plan);
-    const Sage1Workspace layout(shape, op.plan);
-    expect_planned(layout.bytes, op.plan);
-    const Workspace memory(*this, layout.bytes);
-    run_sage1(op, layout, memory, stages);
+    run_attention(op, {stream_, memory.base()}, stages);
   }
 
-  void attention_varlen(const std::vector<AttentionOp>& ops) override {
-    for (const AttentionOp& op : ops) attention(op);
+  // Sequences share nothing, so they run side by side: each on a lane with memory of its own.
+  void attention_varlen(const std::vector<AttentionOp>& sequences) override {
+    enter(device_);
+    if (sequences.empty()) return;
+    const std::vector<AttentionOp> ops = merge_sequences(sequences);
+    size_t slice = 0;
+    for (const AttentionOp& op : ops) slice = std::max(slice, (op.plan.workspace_bytes + 255) / 256 * 256);
+    const size_t lanes = std::min(kLanes, ops.size());
+    const Workspace memory(*this, lanes * slice);
+    Stages stages(current_trace());
+    stages.begin("attention");
+    Stages untold(nullptr);
+    const Fork fork(*this, lanes - 1);
+    for (size_t i = 0; i < ops.size(); i++) {
+      const size_t lane = i % lanes;
+      run_attention(ops[i], {fork.lane(lane), memory.base() + lane * slice}, untold);
+    }
   }
 
   void attention_quantized(const QuantizedAttentionOp& op) override {
     enter(device_);
-    expect_sage1(op.plan);
-    Sage1QuantizedNeeds needs;
-    needs.pack_q = op.q.channels() != op.plan.padded_head_dim || !has_aligned_rows(op.q);
-    needs.pack_k = op.k.channels() != op.plan.padded_head_dim || !has_aligned_rows(op.k);
+    QuantizedNeeds needs{};
+    const auto pack = [&](const View& codes) {
+      return codes.dtype == DType::kI4 || codes.channels() != op.plan.padded_head_dim || !has_aligned_rows(codes);
+    };
+    needs.pack_q = pack(op.q);
+    needs.pack_k = pack(op.k);
     needs.pack_q_scales = !is_dense(op.q_scales);
     needs.pack_k_scales = !is_dense(op.k_scales);
+    needs.pack_v_scales = op.v_scales && !is_dense(op.v_scales);
     needs.pack_v_mean = op.v_mean && !is_dense(op.v_mean);
     needs.delta = static_cast<bool>(op.q_mean);
     needs.delta_rows = op.q_mean.tokens() > 1 ? op.q_mean_rows : op.q.tokens();
-    needs.lse_shift = op.lse && op.k_mean;
+    needs.lse_shift = (op.lse || op.masking.softcap > 0) && op.k_mean;
     needs.convert_v = op.v.dtype != DType::kF16 || op.plan.f16_accumulator;
-    const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.causal);
-    const Sage1QuantizedWorkspace layout(shape, op.plan, needs);
+    const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.masking);
+    const QuantizedWorkspace layout(shape, op.plan, needs);
     const Workspace memory(*this, layout.bytes);
     Stages stages(current_trace());
-    run_sage1_quantized(op, needs, layout, memory, stages);
+    run_quantized(op, needs, layout, {stream_, memory.base()}, stages);
   }
 
  private:
@@ -254,13 +329,60 @@ class CudaStream final : public Stream {
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;
 
+    char* base() const { return base_; }
     void* at(size_t offset) const { return base_ + offset; }
-    uint32_t* words_at(size_t offset) const { return static_cast<uint32_t*>(at(offset)); }
 
    private:
     CudaStream& stream_;
     char* base_;
   };
+
+  // Where an operation runs, and its memory there.
+  struct Lane {
+    cudaStream_t stream;
+    char* memory;
+
+    void* at(size_t offset) const { return memory + offset; }
+    uint32_t* words_at(size_t offset) const { return static_cast<uint32_t*>(at(offset)); }
+  };
+
+  // While it lives, lanes beside the stream: what they do begins after all that was enqueued, and what is enqueued
+  // later begins after it.
+  class Fork {
+   public:
+    Fork(CudaStream& stream, size_t sides) : main_(stream.stream_), sides_(stream.side_streams()), count_(sides) {
+      if (count_ == 0) return;
+      SAGE_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
+      cudaEventRecord(event_, main_);
+      for (size_t i = 0; i < count_; i++) cudaStreamWaitEvent(sides_[i], event_);
+    }
+    ~Fork() {
+      if (count_ == 0) return;
+      for (size_t i = 0; i < count_; i++) {
+        cudaEventRecord(event_, sides_[i]);
+        cudaStreamWaitEvent(main_, event_);
+      }
+      cudaEventDestroy(event_);  // once its work is done
+    }
+    Fork(const Fork&) = delete;
+    Fork& operator=(const Fork&) = delete;
+
+    cudaStream_t lane(size_t index) const { return index == 0 ? main_ : sides_[index - 1]; }
+
+   private:
+    cudaStream_t main_;
+    const SideStreams& sides_;
+    size_t count_;
+    cudaEvent_t event_ = nullptr;
+  };
+
+  const SideStreams& side_streams() {
+    std::lock_guard lock(sides_mutex_);
+    for (cudaStream_t& side : sides_) {
+      if (side == nullptr) SAGE_CUDA(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking));
+    }
+    return sides_;
+  }
 
   std::shared_ptr<Trace> current_trace() {
     std::lock_guard lock(trace_mutex_);
@@ -293,20 +415,44 @@ class CudaStream final : public Stream {
                                     std::to_string(x.channels()) + ".");
   }
 
-  static void expect_sage1(const Plan& plan) {
-    if (plan.kernel == Kernel::kSage1) return;
-    SAGE_FAIL(SAGE_INTERNAL, "Cannot run a plan for kernel " + std::to_string(static_cast<int>(plan.kernel)) + ".");
-  }
-
   static void expect_planned(size_t bytes, const Plan& plan) {
     if (bytes == plan.workspace_bytes) return;
     SAGE_FAIL(SAGE_INTERNAL, "Cannot run a plan of " + std::to_string(plan.workspace_bytes) +
                                  " workspace bytes: the kernels need " + std::to_string(bytes) + ".");
   }
 
+  void run_attention(const AttentionOp& op, const Lane& lane, Stages& stages) {
+    const AttentionShape shape = shape_of(op.q, op.k, op.v, op.o, op.masking);
+    if (op.plan.kernel == Kernel::kFlash) return run_flash(op, shape, lane, stages);
+    if (is_hopper_sage2(op.plan)) return run_sage2(op, shape, lane, stages);
+    run_sage(op, SageWorkspace(shape, op.plan), lane, stages);
+  }
+
+  void run_flash(const AttentionOp& op, const AttentionShape& shape, const Lane& lane, Stages& stages) {
+    if (op.plan.key_splits != 0) {
+      stages.begin("attention");
+      return launch_decode(op, lane.at(0), lane.stream);
+    }
+    const FlashWorkspace layout(shape, op.plan);
+    expect_planned(layout.carver.bytes(), op.plan);
+    const MaskTiles tiles = look_at_mask(op.masking, op.plan, lane, layout.mask.tiles, layout.mask.bits, stages);
+    stages.begin("attention");
+    op.plan.architecture == 90 ? sm90::launch_flash(op, lane.stream) : launch_flash(op, tiles, lane.stream);
+  }
+
+  MaskTiles look_at_mask(const Masking& masking, const Plan& plan, const Lane& lane, size_t tiles, size_t bits,
+                         Stages& stages) {
+    if (!masking.mask) return {};
+    stages.begin("mask");
+    const MaskTiles out{static_cast<TileState*>(lane.at(tiles)), static_cast<uint64_t*>(lane.at(bits))};
+    launch_mask_tiles(masking.mask, plan.block_q, out, lane.stream);
+    return out;
+  }
+
   // Codes of rows as the attention kernel takes them.
   void quantize_rows(const View& x, const View& mean, int64_t mean_rows, Grouping grouping, int64_t group_rows,
-                     const View& codes, const View& scales, uint32_t* not_finite) {
+                     const View& codes, const View& scales, const Plan& plan, uint32_t* not_finite,
+                     cudaStream_t stream) {
     QuantizeOp op{};
     op.x = x;
     op.mean = mean;
@@ -315,95 +461,103 @@ class CudaStream final : public Stream {
     op.grouping = grouping;
     op.group_rows = group_rows;
     op.mean_rows = mean_rows;
-    op.range = kInt8Range;
-    launch_quantize(op, not_finite, nullptr, stream_);
+    op.range = plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
+    launch_quantize(op, not_finite, nullptr, stream);
   }
 
-  // V in FP16 with the scales of its channels.
+  // V in FP16, or its codes in FP16, with the scales of its channels.
   void convert_values(const View& v, const View& mean, int64_t padded_v_dim, const Plan& plan, void* to, void* scales,
-                      void* scratch, Sage1Op& run) {
+                      void* scratch, SageOp& run, uint32_t* not_finite, cudaStream_t stream) {
+    const ValueForm form(plan);
     View v16 = dense(to, DType::kF16, v.batch(), v.heads(), v.tokens(), padded_v_dim);
     run.v_scales = dense(scales, DType::kF32, v.batch(), v.heads(), 1, v.channels());
-    launch_values(v, mean, largest_value(plan), v16, run.v_scales, scratch, stream_);
+    launch_values(v, mean, form.codes, form.range, v16, run.v_scales, not_finite, scratch, stream);
     v16.shape[3] = v.channels();
     run.v = v16;
   }
 
-  void run_sage1(const AttentionOp& op, const Sage1Workspace& layout, const Workspace& memory, Stages& stages) {
+  // Every kernel that quantizes but sage2 on sm_90a.
+  void run_sage(const AttentionOp& op, const SageWorkspace& layout, const Lane& lane, Stages& stages) {
     const Plan& plan = op.plan;
+    expect_planned(layout.bytes, plan);
     const int64_t batch = op.q.batch(), q_heads = op.q.heads(), k_heads = op.k.heads();
     const int64_t nq = op.q.tokens(), nk = op.k.tokens(), d = op.q.channels(), dv = op.v.channels();
     View q_mean, k_mean, v_mean;
     if (plan.smooth_q || plan.smooth_k || plan.smooth_v) stages.begin("mean");
     if (plan.smooth_q) {
-      q_mean = dense(memory.at(layout.q_mean), DType::kF32, batch, q_heads, layout.q_means, d);
-      launch_mean(op.q, q_mean, kQueryMeanRows, nullptr, stream_);
+      q_mean = dense(lane.at(layout.q_mean), DType::kF32, batch, q_heads, layout.q_means, d);
+      launch_mean(op.q, q_mean, kQueryMeanRows, nullptr, lane.stream);
     }
     if (plan.smooth_k) {
-      k_mean = dense(memory.at(layout.k_mean), DType::kF32, batch, k_heads, 1, d);
-      launch_mean(op.k, k_mean, nk, memory.at(layout.scratch), stream_);
+      k_mean = dense(lane.at(layout.k_mean), DType::kF32, batch, k_heads, 1, d);
+      launch_mean(op.k, k_mean, nk, lane.at(layout.scratch), lane.stream);
     }
     if (plan.smooth_v) {
-      v_mean = dense(memory.at(layout.v_mean), DType::kF32, batch, k_heads, 1, dv);
-      launch_mean(op.v, v_mean, nk, memory.at(layout.scratch), stream_);
+      v_mean = dense(lane.at(layout.v_mean), DType::kF32, batch, k_heads, 1, dv);
+      launch_mean(op.v, v_mean, nk, lane.at(layout.scratch), lane.stream);
     }
 
-    Sage1Op run{};
+    SageOp run{};
     run.q_raw = op.q;
     run.k_raw = op.k;
-    run.q = dense(memory.at(layout.q_codes), DType::kI8, batch, q_heads, nq, plan.padded_head_dim);
-    run.k = dense(memory.at(layout.k_codes), DType::kI8, batch, k_heads, nk, plan.padded_head_dim);
-    run.q_scales = dense(memory.at(layout.q_scales), DType::kF32, batch, q_heads, layout.q_groups, 1);
-    run.k_scales = dense(memory.at(layout.k_scales), DType::kF32, batch, k_heads, layout.k_groups, 1);
-    run.q_not_finite = memory.words_at(layout.q_not_finite);
-    run.k_not_finite = memory.words_at(layout.k_not_finite);
+    run.q = dense(lane.at(layout.q_codes), DType::kI8, batch, q_heads, nq, plan.padded_head_dim);
+    run.k = dense(lane.at(layout.k_codes), DType::kI8, batch, k_heads, nk, plan.padded_head_dim);
+    run.q_scales = dense(lane.at(layout.q_scales), DType::kF32, batch, q_heads, layout.q_groups, 1);
+    run.k_scales = dense(lane.at(layout.k_scales), DType::kF32, batch, k_heads, layout.k_groups, 1);
+    run.q_not_finite = lane.words_at(layout.q_not_finite);
+    run.k_not_finite = lane.words_at(layout.k_not_finite);
     stages.begin("quantize");
-    quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, run.q, run.q_scales,
-                  memory.words_at(layout.q_not_finite));
-    quantize_rows(op.k, k_mean, nk, plan.k_grouping, plan.k_group_rows, run.k, run.k_scales,
-                  memory.words_at(layout.k_not_finite));
+    quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, run.q, run.q_scales, plan,
+                  lane.words_at(layout.q_not_finite), lane.stream);
+    quantize_rows(op.k, k_mean, nk, plan.k_grouping, plan.k_group_rows, run.k, run.k_scales, plan,
+                  lane.words_at(layout.k_not_finite), lane.stream);
 
     const ProductOperand keys_less_mean{op.k, {}, Grouping::kToken, 1, k_mean, nk, false};
-    if (plan.smooth_q || (plan.smooth_k && op.lse)) stages.begin("correct");
+    const bool shifts = plan.smooth_k && (op.lse || op.masking.sinks || op.masking.softcap > 0);
+    if (plan.smooth_q || shifts) stages.begin("correct");
     if (plan.smooth_q) {
-      run.delta = dense(memory.at(layout.delta), DType::kF32, batch, q_heads, layout.q_means, nk);
+      run.delta = dense(lane.at(layout.delta), DType::kF32, batch, q_heads, layout.q_means, nk);
       run.delta_rows = kQueryMeanRows;
-      launch_row_products({q_mean, {}, Grouping::kToken, 1, {}, 1, false}, keys_less_mean, 1.0f, run.delta, stream_);
+      launch_row_products({q_mean, {}, Grouping::kToken, 1, {}, 1, false}, keys_less_mean, 1.0f, run.delta,
+                          lane.stream);
     }
-    if (plan.smooth_k && op.lse) {
-      run.lse_shift = dense(memory.at(layout.lse_shift), DType::kF32, batch, q_heads, nq, 1);
+    if (shifts) {
+      run.lse_shift = dense(lane.at(layout.lse_shift), DType::kF32, batch, q_heads, nq, 1);
       launch_row_products({op.q, {}, Grouping::kToken, 1, {}, 1, false},
-                          {k_mean, {}, Grouping::kToken, 1, {}, 1, false}, op.scale, run.lse_shift, stream_);
+                          {k_mean, {}, Grouping::kToken, 1, {}, 1, false}, op.scale, run.lse_shift, lane.stream);
     }
 
     run.v = op.v;
     run.v_dtype = op.v.dtype;
     run.v_mean = v_mean;
+    uint32_t* const not_finite = plan.kernel == Kernel::kSage1 ? nullptr : lane.words_at(layout.v_not_finite);
+    run.v_not_finite = not_finite;
     if (layout.convert_v) {
       stages.begin("pack");
-      convert_values(op.v, v_mean, layout.padded_v_dim, plan, memory.at(layout.v), memory.at(layout.v_scales),
-                     memory.at(layout.scratch), run);
+      convert_values(op.v, v_mean, layout.padded_v_dim, plan, lane.at(layout.v), lane.at(layout.v_scales),
+                     lane.at(layout.scratch), run, not_finite, lane.stream);
     }
     run.o = op.o;
     run.lse = op.lse;
+    run.masking = op.masking;
+    run.mask_tiles = look_at_mask(op.masking, plan, lane, layout.mask_tiles, layout.mask_bits, stages);
     run.causal = op.causal;
     run.scale = op.scale;
     run.plan = plan;
     stages.begin("attention");
-    plan.architecture == 90 ? sm90::launch_sage1(run, stream_) : launch_sage1(run, stream_);
+    plan.architecture == 90 ? sm90::launch_sage1(run, lane.stream) : launch_sage(run, lane.stream);
   }
 
-  void run_sage2(const AttentionOp& op, const AttentionShape& shape, Stages& stages) {
+  void run_sage2(const AttentionOp& op, const AttentionShape& shape, const Lane& lane, Stages& stages) {
     const Sage2Workspace layout(shape, op.plan);
     expect_planned(layout.bytes, op.plan);
-    const Workspace memory(*this, layout.bytes);
     sm90::Sage2Op run{};
     run.q = op.q;
     run.k = op.k;
     run.v = op.v;
     run.o = op.o;
     run.lse = op.lse;
-    run.packed = layout.at(static_cast<char*>(memory.at(0)), op.plan);
+    run.packed = layout.at(lane.memory, op.plan);
     run.masking = op.masking;
     run.causal = op.causal;
     run.scale = op.scale;
@@ -412,83 +566,93 @@ class CudaStream final : public Stream {
       stages.begin("mean");
       const int64_t blocks = (shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM;
       const View mean = dense(run.packed.q_mean, DType::kF32, shape.batch, shape.q_heads, blocks, shape.head_dim);
-      launch_mean(op.q, mean, sm90::kBlockM, nullptr, stream_);
+      launch_mean(op.q, mean, sm90::kBlockM, nullptr, lane.stream);
     }
     stages.begin("pack");
-    sm90::launch_sage2_pack(run, stream_);
+    sm90::launch_sage2_pack(run, lane.stream);
     if (op.plan.smooth_q) {
       stages.begin("correct");
-      sm90::launch_sage2_shifts(run, stream_);
+      sm90::launch_sage2_shifts(run, lane.stream);
     }
     if (op.lse && op.plan.smooth_k) {  // what lse lacks without the mean
       stages.begin("correct");
       const View mean = dense(run.packed.k_mean, DType::kF32, shape.batch, shape.kv_heads, 1, shape.head_dim);
       launch_row_products({op.q, {}, Grouping::kToken, 1, {}, 1, false}, {mean, {}, Grouping::kToken, 1, {}, 1, false},
-                          op.scale, op.lse, stream_);
+                          op.scale, op.lse, lane.stream);
       run.adds_lse = true;
     }
     stages.begin("attention");
-    sm90::launch_sage2_attention(run, stream_);
+    sm90::launch_sage2_attention(run, lane.stream);
     stages.begin("repair");
-    sm90::launch_sage2_repair(run, stream_);
+    sm90::launch_sage2_repair(run, lane.stream);
   }
 
   // The tensor itself, or its copy in the workspace.
-  View packed(bool needed, const View& from, int64_t channels, void* to) {
+  View packed(bool needed, const View& from, DType dtype, int64_t channels, void* to, cudaStream_t stream) {
     if (!needed) return from;
-    const View copy = dense(to, from.dtype, from.batch(), from.heads(), from.tokens(), channels);
-    launch_pack(from, copy, stream_);
+    const View copy = dense(to, dtype, from.batch(), from.heads(), from.tokens(), channels);
+    launch_pack(from, copy, stream);
     return copy;
   }
 
-  void run_sage1_quantized(const QuantizedAttentionOp& op, const Sage1QuantizedNeeds& needs,
-                           const Sage1QuantizedWorkspace& layout, const Workspace& memory, Stages& stages) {
+  void run_quantized(const QuantizedAttentionOp& op, const QuantizedNeeds& needs, const QuantizedWorkspace& layout,
+                     const Lane& lane, Stages& stages) {
     const Plan& plan = op.plan;
     const int64_t batch = op.q.batch(), q_heads = op.q.heads(), nq = op.q.tokens(), nk = op.k.tokens();
     stages.begin("pack");
-    Sage1Op run{};
-    run.q = packed(needs.pack_q, op.q, plan.padded_head_dim, memory.at(layout.q_codes));
-    run.k = packed(needs.pack_k, op.k, plan.padded_head_dim, memory.at(layout.k_codes));
-    run.q_scales = packed(needs.pack_q_scales, op.q_scales, 1, memory.at(layout.q_scales));
-    run.k_scales = packed(needs.pack_k_scales, op.k_scales, 1, memory.at(layout.k_scales));
-    run.v_mean = packed(needs.pack_v_mean, op.v_mean, op.v.channels(), memory.at(layout.v_mean));
-    run.q_not_finite = memory.words_at(layout.q_not_finite);
-    run.k_not_finite = memory.words_at(layout.k_not_finite);
-    launch_find_not_finite(op.q, memory.words_at(layout.q_not_finite), stream_);
-    launch_find_not_finite(op.k, memory.words_at(layout.k_not_finite), stream_);
+    SageOp run{};
+    const auto pack = [&](bool needed, const View& from, DType dtype, int64_t channels, size_t to) {
+      return packed(needed, from, dtype, channels, lane.at(to), lane.stream);
+    };
+    run.q = pack(needs.pack_q, op.q, DType::kI8, plan.padded_head_dim, layout.q_codes);
+    run.k = pack(needs.pack_k, op.k, DType::kI8, plan.padded_head_dim, layout.k_codes);
+    run.q_scales = pack(needs.pack_q_scales, op.q_scales, DType::kF32, 1, layout.q_scales);
+    run.k_scales = pack(needs.pack_k_scales, op.k_scales, DType::kF32, 1, layout.k_scales);
+    run.v_mean = pack(needs.pack_v_mean, op.v_mean, DType::kF32, op.v.channels(), layout.v_mean);
+    const View q_codes = without_padding(run.q, op.q.channels()), k_codes = without_padding(run.k, op.k.channels());
+    run.q_not_finite = lane.words_at(layout.q_not_finite);
+    run.k_not_finite = lane.words_at(layout.k_not_finite);
+    launch_find_not_finite(q_codes, lane.words_at(layout.q_not_finite), lane.stream);
+    launch_find_not_finite(k_codes, lane.words_at(layout.k_not_finite), lane.stream);
 
     if (needs.delta || needs.lse_shift) stages.begin("correct");
     if (needs.delta) {
-      run.delta = dense(memory.at(layout.delta), DType::kF32, batch, q_heads, layout.deltas, nk);
+      run.delta = dense(lane.at(layout.delta), DType::kF32, batch, q_heads, layout.deltas, nk);
       run.delta_rows = needs.delta_rows;
       launch_row_products({op.q_mean, {}, Grouping::kToken, 1, {}, 1, false},
-                          {op.k, op.k_scales, plan.k_grouping, plan.k_group_rows, {}, 1, false}, 1.0f, run.delta,
-                          stream_);
+                          {k_codes, op.k_scales, plan.k_grouping, plan.k_group_rows, {}, 1, false}, 1.0f, run.delta,
+                          lane.stream);
     }
     if (needs.lse_shift) {
-      run.lse_shift = dense(memory.at(layout.lse_shift), DType::kF32, batch, q_heads, nq, 1);
-      launch_row_products({op.q, op.q_scales, plan.q_grouping, plan.q_group_rows, op.q_mean, op.q_mean_rows, true},
-                          {op.k_mean, {}, Grouping::kToken, 1, {}, 1, false}, op.scale, run.lse_shift, stream_);
+      run.lse_shift = dense(lane.at(layout.lse_shift), DType::kF32, batch, q_heads, nq, 1);
+      launch_row_products({q_codes, op.q_scales, plan.q_grouping, plan.q_group_rows, op.q_mean, op.q_mean_rows, true},
+                          {op.k_mean, {}, Grouping::kToken, 1, {}, 1, false}, op.scale, run.lse_shift, lane.stream);
     }
 
     run.v = op.v;
     run.v_dtype = op.v.dtype;
-    if (needs.convert_v) {
-      stages.begin("pack");
-      convert_values(op.v, {}, layout.padded_v_dim, plan, memory.at(layout.v), memory.at(layout.v_scales),
-                     memory.at(layout.scratch), run);
+    if (needs.convert_v) stages.begin("pack");
+    if (op.v_scales) {
+      run.v_scales = pack(needs.pack_v_scales, op.v_scales, DType::kF32, op.v.channels(), layout.v_scales);
+      run.v = without_padding(pack(true, op.v, DType::kF16, layout.padded_v_dim, layout.v), op.v.channels());
+    } else if (needs.convert_v) {
+      convert_values(op.v, {}, layout.padded_v_dim, plan, lane.at(layout.v), lane.at(layout.v_scales),
+                     lane.at(layout.scratch), run, nullptr, lane.stream);
     }
     run.o = op.o;
     run.lse = op.lse;
+    run.masking = op.masking;
     run.causal = op.causal;
     run.scale = op.scale;
     run.plan = plan;
     stages.begin("attention");
-    launch_sage1(run, stream_);
+    launch_sage(run, lane.stream);
   }
 
   Device& device_;
   cudaStream_t stream_;
+  std::mutex sides_mutex_;
+  SideStreams sides_{};  // made when they are needed
   std::mutex trace_mutex_;
   std::shared_ptr<Trace> trace_;
 };

@@ -1,6 +1,8 @@
 // Tile shapes of the sm_80 attention kernels, by measurement on an H200; shared with the planner (host-only).
 #pragma once
 
+#include "../ops.h"
+
 namespace sage::cuda {
 
 struct AttentionTuning {
@@ -14,18 +16,42 @@ struct AttentionTuning {
   constexpr int block_q() const { return 16 * row_tiles * warps; }
 };
 
+// Whether a call needs the kernels that mask or change scores; windows of any kind are for all.
+inline bool is_general(const Masking& masking) {
+  return masking.mask || masking.sinks || masking.alibi || masking.softcap > 0;
+}
+
+// Whether scores need more than one factor a row and tile of keys, or P is codes.
+inline bool has_column_terms(const Plan& plan, bool delta) {
+  constexpr int kBlockKeys = 64;
+  const bool whole_tiles = plan.k_grouping != Grouping::kToken && plan.k_group_rows == kBlockKeys;
+  return plan.kernel != Kernel::kFlash && (plan.kernel != Kernel::kSage1 || delta || !whole_tiles);
+}
+
 constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
 // Blocks of few rows waste less on the diagonal and fill the device sooner; those of many read K and V less often.
-constexpr bool few_rows_pay(long long k_tokens) { return k_tokens <= 8192; }
+// Column terms and masks ("crowded") leave no registers for many.
+constexpr bool few_rows_pay(bool crowded, long long k_tokens) { return crowded || k_tokens <= 8192; }
 
-constexpr AttentionTuning attention_tuning(int padded_head_dim, bool quantized, bool f16_accumulator, bool few_rows) {
+constexpr AttentionTuning attention_tuning(int padded_head_dim, bool quantized, bool f16_accumulator, bool few_rows,
+                                           bool crowded) {
   if (padded_head_dim > 128) return {1, 2, 1, false};
   if (padded_head_dim > 64) {
     if (!quantized) return {2, 2, 1, false};
     return f16_accumulator || few_rows ? AttentionTuning{1, 3, 2, false} : AttentionTuning{2, 2, 2, false};
   }
-  return quantized ? AttentionTuning{1, 4, 2, false} : AttentionTuning{2, 2, 2, true};
+  if (quantized) return {1, crowded ? 3 : 4, 2, false};
+  return {2, 2, 2, true};
+}
+
+// What the portable kernels choose for a call.
+inline AttentionTuning attention_tuning(const Plan& plan, const Masking& masking, bool column_terms,
+                                        long long k_tokens) {
+  const bool quantized = plan.kernel != Kernel::kFlash;
+  const bool crowded = is_general(masking) || column_terms;
+  return attention_tuning(plan.padded_head_dim, quantized, plan.f16_accumulator, few_rows_pay(crowded, k_tokens),
+                          crowded);
 }
 
 }  // namespace sage::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "decode.h"
 #include "sm90/sage2.h"
 
 namespace sage::cuda {
@@ -36,28 +37,51 @@ class Carver {
   size_t bytes_ = 0;
 };
 
-// Offsets for sage1 from f32, f16 or bf16 tensors; what a call does not need takes no room.
-struct Sage1Workspace {
+// Offsets for the tiles of a mask.
+struct MaskWorkspace {
+  size_t tiles, bits;  // as in MaskTiles
+
+  MaskWorkspace(const View& mask, int block_q, Carver& carver) {
+    constexpr int kTileKeys = 64;
+    const int64_t planes = mask.batch() * mask.heads(), rows = mask.tokens();
+    const int64_t k_tiles = (mask.channels() + kTileKeys - 1) / kTileKeys, q_tiles = (rows + block_q - 1) / block_q;
+    tiles = carver.take_if(static_cast<bool>(mask), planes * q_tiles * k_tiles, 1);
+    bits = carver.take_if(static_cast<bool>(mask), planes * rows * k_tiles, 8);
+  }
+};
+
+// Offsets for flash: masks alone.
+struct FlashWorkspace {
+  Carver carver;
+  MaskWorkspace mask;
+
+  FlashWorkspace(const AttentionShape& shape, const Plan& plan) : mask(shape.masking.mask, plan.block_q, carver) {}
+};
+
+// Offsets for kernels that quantize f32, f16 or bf16 tensors; what a call does not need takes no room.
+struct SageWorkspace {
   size_t q_mean, k_mean, v_mean;      // f32
   size_t q_codes, k_codes;            // INT8 [B, H, N, padded_head_dim]
   size_t q_scales, k_scales;          // f32 [B, H, groups, 1]
   size_t q_not_finite, k_not_finite;  // words of 32 rows
+  size_t v_not_finite;                // the same, where V is codes
   size_t delta;                       // f32 [B, Hq, ceil(Nq / 128), Nk]
   size_t lse_shift;                   // f32 [B, Hq, Nq, 1]
   size_t v, v_scales;                 // f16 [B, Hkv, Nk, padded_v_dim], f32 [B, Hkv, 1, Dv]
+  size_t mask_tiles, mask_bits;       // as in MaskTiles
   size_t scratch;                     // of one step at a time
   size_t bytes;                       // of all
   bool convert_v;                     // else V is used as it is
   int64_t q_means, q_groups, k_groups, padded_v_dim;
 
-  Sage1Workspace(const AttentionShape& shape, const Plan& plan) {
+  SageWorkspace(const AttentionShape& shape, const Plan& plan) {
     const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
     const int64_t nq = shape.q_tokens, nk = shape.k_tokens, d = shape.head_dim, dv = shape.v_dim;
     q_means = (nq + kQueryMeanRows - 1) / kQueryMeanRows;
     q_groups = group_count(plan.q_grouping, nq, plan.q_group_rows);
     k_groups = group_count(plan.k_grouping, nk, plan.k_group_rows);
     padded_v_dim = (dv + 7) / 8 * 8;
-    convert_v = shape.dtype != DType::kF16 || plan.f16_accumulator || plan.smooth_v;
+    convert_v = plan.kernel != Kernel::kSage1 || shape.dtype != DType::kF16 || plan.f16_accumulator || plan.smooth_v;
 
     Carver carver;
     q_mean = carver.take_if(plan.smooth_q, q_planes * q_means * d, 4);
@@ -69,10 +93,14 @@ struct Sage1Workspace {
     k_scales = carver.take(k_planes * k_groups, 4);
     q_not_finite = carver.take(q_planes * ((nq + 31) / 32), 4);
     k_not_finite = carver.take(k_planes * ((nk + 31) / 32), 4);
+    v_not_finite = carver.take_if(plan.kernel != Kernel::kSage1, k_planes * ((nk + 31) / 32), 4);
     delta = carver.take_if(plan.smooth_q, q_planes * q_means * nk, 4);
     lse_shift = carver.take_if(plan.smooth_k, q_planes * nq, 4);
     v = carver.take_if(convert_v, k_planes * nk * padded_v_dim, 2);
     v_scales = carver.take_if(convert_v, k_planes * dv, 4);
+    const MaskWorkspace mask(shape.masking.mask, plan.block_q, carver);
+    mask_tiles = mask.tiles;
+    mask_bits = mask.bits;
 
     size_t step = 0;
     const auto at_least = [&](bool needed, size_t more) { step = needed && more > step ? more : step; };
@@ -84,20 +112,20 @@ struct Sage1Workspace {
   }
 };
 
-// What a sage1 call on codes may need; a plan, made before it is known, allows for everything.
-struct Sage1QuantizedNeeds {
-  bool pack_q = true, pack_k = true, pack_q_scales = true, pack_k_scales = true, pack_v_mean = true;
-  bool delta = true, lse_shift = true, convert_v = true;
-  int64_t delta_rows = kQueryMeanRows;
+// What a call on codes may need.
+struct QuantizedNeeds {
+  bool pack_q, pack_k, pack_q_scales, pack_k_scales, pack_v_scales, pack_v_mean;
+  bool delta, lse_shift, convert_v;
+  int64_t delta_rows;
 };
 
-// Offsets for sage1 from INT8 codes.
-struct Sage1QuantizedWorkspace {
-  size_t q_codes, k_codes, q_scales, k_scales, q_not_finite, k_not_finite;  // as in Sage1Workspace
+// Offsets for kernels on codes.
+struct QuantizedWorkspace {
+  size_t q_codes, k_codes, q_scales, k_scales, q_not_finite, k_not_finite;  // as in SageWorkspace
   size_t delta, lse_shift, v, v_scales, v_mean, scratch, bytes;
   int64_t deltas, q_groups, k_groups, padded_v_dim;
 
-  Sage1QuantizedWorkspace(const AttentionShape& shape, const Plan& plan, const Sage1QuantizedNeeds& needs = {}) {
+  QuantizedWorkspace(const AttentionShape& shape, const Plan& plan, const QuantizedNeeds& needs) {
     const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
     const int64_t nq = shape.q_tokens, nk = shape.k_tokens, dv = shape.v_dim;
     deltas = (nq + needs.delta_rows - 1) / needs.delta_rows;
@@ -115,7 +143,7 @@ struct Sage1QuantizedWorkspace {
     delta = carver.take_if(needs.delta, q_planes * deltas * nk, 4);
     lse_shift = carver.take_if(needs.lse_shift, q_planes * nq, 4);
     v = carver.take_if(needs.convert_v, k_planes * nk * padded_v_dim, 2);
-    v_scales = carver.take_if(needs.convert_v, k_planes * dv, 4);
+    v_scales = carver.take_if(needs.convert_v || needs.pack_v_scales, k_planes * dv, 4);
     v_mean = carver.take_if(needs.pack_v_mean, k_planes * dv, 4);
     scratch = carver.take_if(needs.convert_v, static_cast<int64_t>(column_scratch_bytes(k_planes, dv)), 1);
     bytes = carver.bytes();
@@ -129,30 +157,28 @@ struct Sage2Workspace {
   size_t bytes;
 
   Sage2Workspace(const AttentionShape& shape, const Plan& plan) {
-    const sm90::Sage2Tiles tile =
-        sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q, plan.band);
     const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
     const int64_t blocks = q_planes * ((shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM);
-    const int64_t tiles = k_planes * ((shape.k_tokens + tile.block_n - 1) / tile.block_n);
+    const int64_t tiles = k_planes * ((shape.k_tokens + plan.block_k - 1) / plan.block_k);
     const int64_t dim = plan.padded_head_dim;
 
     Carver carver;
     q = carver.take(blocks * sm90::kBlockM * dim, 1);
     q_scales = carver.take(blocks * sm90::kBlockM / 2, 4);
     q_bits = carver.take(blocks * sm90::kBlockM / 32, 4);
-    k = carver.take(tiles * tile.block_n * dim, 1);
+    k = carver.take(tiles * plan.block_k * dim, 1);
     k_scales = carver.take(tiles * 4, 4);
-    k_bits = carver.take(tiles * tile.block_n / 32, 4);
-    v = carver.take(tiles * tile.block_n * dim, 1);
+    k_bits = carver.take(tiles * plan.block_k / 32, 4);
+    v = carver.take(tiles * plan.block_k * dim, 1);
     v_scales = carver.take(k_planes * dim, 4);
-    v_bits = carver.take(tiles * tile.block_n / 32, 4);
+    v_bits = carver.take(tiles * plan.block_k / 32, 4);
     v_peaks = carver.take(k_planes * dim, 4);
     flags = carver.take(k_planes, 4);
     next_item = carver.take(1, 4);
     q_mean = carver.take_if(plan.smooth_q, blocks * shape.head_dim, 4);
     k_mean = carver.take_if(plan.smooth_k, k_planes * shape.head_dim, 4);
     v_mean = carver.take(k_planes * dim, 4);
-    shifts = carver.take_if(plan.smooth_q, blocks * (tiles / k_planes) * tile.block_n, 4);
+    shifts = carver.take_if(plan.smooth_q, blocks * (tiles / k_planes) * plan.block_k, 4);
     bytes = carver.bytes();
   }
 
@@ -179,5 +205,17 @@ struct Sage2Workspace {
     return packed;
   }
 };
+
+// sm_90a has a kernel of its own for these.
+inline bool is_hopper_sage2(const Plan& plan) {
+  return plan.architecture == 90 && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+}
+
+inline size_t attention_workspace_bytes(const AttentionShape& shape, const Plan& plan) {
+  if (plan.key_splits != 0) return decode_workspace_bytes(shape, plan.key_splits);
+  if (plan.kernel == Kernel::kFlash) return FlashWorkspace(shape, plan).carver.bytes();
+  if (is_hopper_sage2(plan)) return Sage2Workspace(shape, plan).bytes;
+  return SageWorkspace(shape, plan).bytes;
+}
 
 }  // namespace sage::cuda

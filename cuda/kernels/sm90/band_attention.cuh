@@ -242,13 +242,13 @@ __device__ __forceinline__ bool softmax_band(const BandParams& p, float (&s)[kSc
   for (int i = 0; i < kScores; i++) largest[i >> 1 & 1] = fmaxf(largest[i >> 1 & 1], s[i]);
 #pragma unroll
   for (int half = 0; half < 2; half++) largest[half] = fmaf(largest[half], p.factor, -of_mean[half]);
-  keep_maxima(state, largest, rescale);
+  keep_maxima<C>(state, largest, rescale);
   float addend[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     sum[half] *= rescale[half];
     if (C::kSums) state.exact[half] *= rescale[half];  // of the other keys; in the end, what they lack in `sum`
-    addend[half] = addend_of(state.maximum[half]) - of_mean[half] - C::kShift;
+    addend[half] = addend_of<C>(state.maximum[half]) - of_mean[half] - C::kShift;
   }
 #pragma unroll
   for (int i = 0; i < kScores; i++) {

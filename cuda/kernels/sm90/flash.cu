@@ -61,7 +61,7 @@ bool can_run_flash(const AttentionOp& op) {
   return op.q.dtype != DType::kF32 && suits_kernel(op.q, op.k, op.v, op.plan);
 }
 
-bool can_run_sage1(const Sage1Op& op) {
+bool can_run_sage1(const SageOp& op) {
   const Plan& plan = op.plan;
   const bool rows = plan.k_grouping == Grouping::kRows || plan.k_grouping == Grouping::kThreadKey;
   return !op.delta && rows && plan.k_group_rows == kGroupKeys && !plan.f16_accumulator &&
@@ -78,7 +78,7 @@ void launch_flash(const AttentionOp& op, CUstream_st* stream) {
   }
 }
 
-void launch_sage1(const Sage1Op& op, CUstream_st* stream) {
+void launch_sage1(const SageOp& op, CUstream_st* stream) {
   F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.scale);
   params.largest = largest_finite(op.v_dtype);
   params.q_scales = f32(op.q_scales);

@@ -6,7 +6,7 @@
 struct CUstream_st;
 
 namespace sage::cuda {
-struct Sage1Op;
+struct SageOp;
 }
 
 namespace sage::cuda::sm90 {
@@ -28,9 +28,9 @@ constexpr F16Tiles f16_tiles(int padded_head_dim, bool quantized, bool causal, i
 
 // Whether the tensors' strides and the plan suit these kernels; host-only and pure.
 bool can_run_flash(const AttentionOp& op);
-bool can_run_sage1(const Sage1Op& op);
+bool can_run_sage1(const SageOp& op);
 
 void launch_flash(const AttentionOp& op, CUstream_st* stream);
-void launch_sage1(const Sage1Op& op, CUstream_st* stream);
+void launch_sage1(const SageOp& op, CUstream_st* stream);
 
 }  // namespace sage::cuda::sm90

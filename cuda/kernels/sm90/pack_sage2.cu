@@ -647,7 +647,6 @@ void launch_sage2_pack(const Sage2Op& op, CUstream_st* stream) {
     if (head_dim == 64 && tokens == 192) return launch_pack_of<Config<kType, 64, 192>>(op, stream);
     if (head_dim == 64 && tokens == 256) return launch_pack_of<Config<kType, 64, 256>>(op, stream);
     if (head_dim == 128 && tokens == 128) return launch_pack_of<Config<kType, 128, 128>>(op, stream);
-    if (head_dim == 128 && tokens == 192) return launch_pack_of<Config<kType, 128, 192>>(op, stream);
     if (head_dim == 256 && tokens == 128) return launch_pack_of<Config<kType, 256, 128>>(op, stream);
     SAGE_FAIL(SAGE_INTERNAL,
               "Cannot pack tiles of " + std::to_string(tokens) + " keys of " + std::to_string(head_dim) + " channels");

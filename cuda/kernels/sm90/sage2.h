@@ -19,7 +19,6 @@ struct Sage2Tiles {
 
 constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential, bool smooth_q, bool band) {
   if (padded_head_dim == 64) return fast_exponential || smooth_q || band ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
-  if (padded_head_dim == 128) return fast_exponential || band ? Sage2Tiles{128, 128} : Sage2Tiles{192, 64};
   return {128, 128};
 }
 

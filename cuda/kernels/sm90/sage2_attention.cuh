@@ -70,10 +70,14 @@ struct Sage2Config {
   static constexpr int kBlockN = kTiles.block_n, kVWidth = kTiles.v_width;
   static constexpr int kStages = kHeadDim == 256 ? 2 : 3;
   static constexpr int kQueryBuffers = kHeadDim == 256 || kBand ? 1 : 2;
+  // The kept maximum moves only when a score exceeds it by this much (base 2). Room above costs range below.
+  static constexpr float kHeadroom = kFast ? 4.0f : 2.0f;
+  // P is scaled by 2^kOffset: at most 448; a maximum's P is 7 times a power of two, exactly.
+  static constexpr float kOffset = 8.807355f - kHeadroom;
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim == 256 || (kHeadDim == 128 && kFast);
+  static constexpr bool kTurns = kHeadDim >= 128;
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
   // Exact exponentials become codes as soon as they are there, else (faster where registers allow) with the wait for
@@ -110,8 +114,6 @@ struct Sage2Config {
 };
 
 constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);  // warpgroups that multiply; and one that copies
-constexpr float kHeadroom = 4.0f;  // the kept maximum moves only when a score exceeds it by this much (base 2)
-constexpr float kOffset = 8.807355f - kHeadroom;  // P is scaled by 2^kOffset: at most 448; a maximum's P is 28 exactly
 // A mean of n values of V, whose codes have a root mean square of kValueRms, drifts if it is larger than this many
 // times kValueRms / sqrt(n): attention to normal scores has 1.65.
 constexpr float kDrift = 10.5f;
@@ -284,20 +286,22 @@ __device__ __forceinline__ float shrink(float from, float to) {
 }
 
 // Moves the kept maxima where this tile's are larger by more than kHeadroom.
+template <class C>
 __device__ __forceinline__ void keep_maxima(RowState& state, float (&largest)[2], float (&rescale)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float x = largest[half];
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-    const float kept = state.maximum[half], next = x > kept + kHeadroom ? x : kept;
+    const float kept = state.maximum[half], next = x > kept + C::kHeadroom ? x : kept;
     rescale[half] = shrink(kept, next);
     state.maximum[half] = next;
   }
 }
 
+template <class C>
 __device__ __forceinline__ float addend_of(float maximum) {
-  return kOffset - (maximum == -INFINITY ? 0.0f : maximum);  // nothing visible yet
+  return C::kOffset - (maximum == -INFINITY ? 0.0f : maximum);  // nothing visible yet
 }
 
 // The first of a lane's rows, in its block.
@@ -407,7 +411,7 @@ __device__ __forceinline__ void exponentiate(Exponentials<C>& e, RowState& state
 #pragma unroll
   for (int word = 0; word < C::kScores / 4; word++) {
     const int b = word_base(word);
-    const float addend = addend_of(state.maximum[word & 1]);
+    const float addend = addend_of<C>(state.maximum[word & 1]);
     const auto exponential = [&](int i) { return ptx::exp2_approx(score(i, addend)); };
     const float x[4] = {exponential(b), exponential(b + 1), exponential(b + 4), exponential(b + 5)};
     if (C::kSums) sum[word & 1] += (x[0] + x[1]) + (x[2] + x[3]);
@@ -441,7 +445,7 @@ __device__ __forceinline__ bool softmax_whole(int (&s)[C::kScores], Exponentials
       s[8 * n + r] = __float_as_int(x);
     }
   }
-  keep_maxima(state, largest, rescale);
+  keep_maxima<C>(state, largest, rescale);
   exponentiate<C>(e, state, rescale, [&](int i, float addend) { return __int_as_float(s[i]) + addend; });
   return moves(rescale);
 }
@@ -461,7 +465,7 @@ __device__ __forceinline__ bool keep_integer_maxima(const int (&s)[C::kScores], 
   for (int half = 0; half < 2; half++) {
     largest[half] = bits[half] == kMasked ? -INFINITY : static_cast<float>(bits[half]) * factor;
   }
-  keep_maxima(state, largest, rescale);
+  keep_maxima<C>(state, largest, rescale);
   return moves(rescale);
 }
 
@@ -482,8 +486,9 @@ struct CodeLine {
 };
 constexpr float kMostFactor = 0x1p-7f;  // from kLeastFactor to here the line is fine enough
 
+template <class C>
 __device__ __forceinline__ CodeLine code_line(const RowState& state, float factor) {
-  const float inverse = reciprocal(factor), shift = kOffset + 7.0f - 0.057f + 0.0625f;
+  const float inverse = reciprocal(factor), shift = C::kOffset + 7.0f - 0.057f + 0.0625f;
   CodeLine line;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -499,7 +504,7 @@ __device__ __forceinline__ CodeLine code_line(const RowState& state, float facto
 template <class C, bool kOptimistic>
 __device__ __forceinline__ bool codes_of(const int (&s)[C::kScores], Exponentials<C>& e, const RowState& state,
                                          float factor) {
-  const CodeLine line = code_line(state, factor);
+  const CodeLine line = code_line<C>(state, factor);
   uint32_t largest = 0;
 #pragma unroll
   for (int word = 0; word < C::kScores / 4; word++) {
@@ -738,7 +743,7 @@ __device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& ite
     at[half] = row < p.q_tokens ? item.batch * p.o_stride[0] + item.head * p.o_stride[1] + row * p.o_stride[2] : -1;
     if (p.lse == nullptr || c != 0 || row >= p.q_tokens) continue;
     float& lse = p.lse[item.batch * p.lse_stride[0] + item.head * p.lse_stride[1] + row * p.lse_stride[2]];
-    const float own = (state.maximum[half] - kOffset + log2f(sum)) * kLn2;
+    const float own = (state.maximum[half] - C::kOffset + log2f(sum)) * kLn2;
     lse = visible_row[half] && sum > 0.0f ? (p.adds_lse ? lse + own : own) : -INFINITY;
   }
   if (p.vectors) {

@@ -16,12 +16,17 @@ void launch(const Sage2Params& params, cudaStream_t stream) {
   launch_overlapped(sage2_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, params);
 }
 
+template <int kHeadDim, bool kSmooth>
+void launch_exact(const Sage2Op& op, const Sage2Params& params, cudaStream_t stream) {
+  if (op.lse) return launch<Sage2Config<kHeadDim, false, kSmooth, true>>(params, stream);
+  launch<Sage2Config<kHeadDim, false, kSmooth, false>>(params, stream);
+}
+
 template <int kHeadDim>
 void launch_for(const Sage2Op& op, const Sage2Params& params, cudaStream_t stream) {
   if (op.plan.fast_exponential) return launch<Sage2Config<kHeadDim, true>>(params, stream);
-  if (op.plan.smooth_q) return launch<Sage2Config<kHeadDim, false, true, true>>(params, stream);
-  if (op.lse) return launch<Sage2Config<kHeadDim, false, false, true>>(params, stream);
-  launch<Sage2Config<kHeadDim, false>>(params, stream);
+  op.plan.smooth_q ? launch_exact<kHeadDim, true>(op, params, stream)
+                   : launch_exact<kHeadDim, false>(op, params, stream);
 }
 
 }  // namespace sage2

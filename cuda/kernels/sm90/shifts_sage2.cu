@@ -1,6 +1,8 @@
 // What smoothing queries takes from their scores: the mean of every block of queries times every key less its mean,
 // one number for a block and a key. Products are exact in f16 or bf16 (keys of f32 as a sum of three of bf16) and
 // summed in f32 by the tensor core.
+#include <algorithm>
+
 #include "../ptx/memory.cuh"
 #include "../ptx/mma.cuh"
 #include "launch.cuh"
@@ -10,7 +12,7 @@ namespace sage::cuda::sm90 {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMeans = 16 * kWarps;  // rows of a block of threads: query blocks of all heads that share keys
+constexpr int kMeans = 16 * kWarps;  // most rows of a block of threads: query blocks of all heads that share keys
 constexpr int kKeys = 64;            // at a time
 
 struct ShiftArguments {
@@ -18,10 +20,13 @@ struct ShiftArguments {
   const float *q_mean, *k_mean;
   float* shifts;
   int kv_heads, group;
-  int q_blocks;  // of one head
-  int64_t keys;  // of one row of shifts: whole tiles
-  int chunks;    // of kKeys keys
-  int parts;     // blocks of threads that share the rows of one plane
+  int q_blocks;    // of one head
+  int64_t keys;    // of one row of shifts: whole tiles
+  int chunks;      // of kKeys keys, the last one may be shorter
+  int run;         // chunks of a block of threads
+  int runs;        // of one plane
+  int parts;       // of the rows of one plane
+  int row_groups;  // of 16 rows of a part: warps that do not share rows
   float factor;
 };
 
@@ -29,6 +34,7 @@ template <DType kType, int kHeadDim>
 struct Config {
   static constexpr DType kInput = kType;
   static constexpr int kDim = kHeadDim, kSteps = kHeadDim / 16, kRowBytes = 2 * kHeadDim + 16;
+  static constexpr int kStageBytes = kKeys * kRowBytes;
   static constexpr int kTerms = kType == DType::kF32 ? 3 : 1;  // of a key
   static constexpr ptx::Operand kOperand = kType == DType::kF16 ? ptx::Operand::kF16 : ptx::Operand::kBF16;
 };
@@ -60,20 +66,44 @@ __device__ __forceinline__ uint4 octet_of_keys(const Octet<C::kInput>& octet, in
   }
 }
 
+// One chunk of keys into shared memory; keys and channels that do not exist are zeros.
+template <class C>
+__device__ __forceinline__ void load_keys(const ShiftArguments& a, const char* from, int64_t first_key, int term,
+                                          uint8_t* to) {
+  for (int i = threadIdx.x; i < kKeys * C::kDim / 8; i += kThreads) {
+    const int key = i / (C::kDim / 8), octet = i % (C::kDim / 8);
+    uint8_t* const at = to + key * C::kRowBytes + 16 * octet;
+    if (C::kTerms == 1 && a.k.vectors) {
+      const bool exists = first_key + key < a.k.tokens && 8 * octet < a.k.channels;
+      const char* const row = from + (exists ? (first_key + key) * a.k.token_stride + 16 * octet : 0);
+      ptx::copy_async_16(ptx::shared_address(at), row, exists ? 16 : 0);
+    } else {
+      Octet<C::kInput> raw[1];
+      load_rows(raw, a.k, from, first_key + key, 1, a.k.tokens, 8 * octet);
+      *reinterpret_cast<uint4*>(at) = octet_of_keys<C>(raw[0], term);
+    }
+  }
+  ptx::copy_async_commit();
+}
+
 template <class C>
 __global__ void __launch_bounds__(kThreads, C::kDim == 256 ? 1 : 2)
     shifts_kernel(const __grid_constant__ ShiftArguments a) {
-  __shared__ __align__(16) uint8_t keys[kKeys * C::kRowBytes];
+  extern __shared__ __align__(16) uint8_t stages[];
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
-  const unsigned item = blockIdx.x / a.chunks, chunk = blockIdx.x % a.chunks;
+  const unsigned item = blockIdx.x / a.runs, first_chunk = blockIdx.x % a.runs * a.run;
+  const int chunks = min(a.run, a.chunks - static_cast<int>(first_chunk));
   const unsigned kv_plane = item / a.parts, part = item % a.parts;
-  const unsigned batch = kv_plane / a.kv_heads, kv_head = kv_plane % a.kv_heads;
+  const Plane plane{kv_plane / a.kv_heads, kv_plane % a.kv_heads};
   // Query heads that share keys follow each other, and so do their blocks.
-  const int rows = a.group * a.q_blocks, first_row = static_cast<int>(part) * kMeans + 16 * warp + g;
-  const int64_t plane_row = (int64_t{batch} * a.kv_heads + kv_head) * rows;
+  const int rows = a.group * a.q_blocks;
+  const int first_row = static_cast<int>(part) * kMeans + warp % a.row_groups * 16 + g;
+  const int64_t plane_row = int64_t{kv_plane} * rows;
   const int channels = a.k.channels;
+  const char* const from = plane_of(a.k, plane);
+  load_keys<C>(a, from, int64_t{first_chunk} * kKeys, 0, stages);
 
   uint32_t mean[C::kSteps][4];
   float less[2] = {};  // the mean of queries times that of keys
@@ -98,48 +128,60 @@ __global__ void __launch_bounds__(kThreads, C::kDim == 256 ? 1 : 2)
     x += __shfl_xor_sync(~0u, x, 2);
   }
 
-  const char* const from = plane_of(a.k, Plane{batch, kv_head});
-  const int64_t first_key = int64_t{chunk} * kKeys;
-  float sum[kKeys / 8][4] = {};
+  const int key_groups = kWarps / a.row_groups, key_group = warp / a.row_groups;
 #pragma unroll 1
-  for (int term = 0; term < C::kTerms; term++) {
-    if (term > 0) __syncthreads();
-    for (int i = threadIdx.x; i < kKeys * C::kDim / 8; i += kThreads) {
-      const int key = i / (C::kDim / 8), octet = i % (C::kDim / 8);
-      Octet<C::kInput> raw[1];
-      load_rows(raw, a.k, from, first_key + key, 1, a.k.tokens, 8 * octet);
-      *reinterpret_cast<uint4*>(keys + key * C::kRowBytes + 16 * octet) = octet_of_keys<C>(raw[0], term);
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    const int64_t first_key = (int64_t{first_chunk} + chunk) * kKeys;
+    uint8_t* const stage = stages + chunk % 2 * C::kStageBytes;
+    if (chunk + 1 < chunks) {
+      load_keys<C>(a, from, first_key + kKeys, 0, stages + (chunk + 1) % 2 * C::kStageBytes);
+      ptx::copy_async_wait<1>();
+    } else {
+      ptx::copy_async_wait<0>();
     }
     __syncthreads();
     // Matrices: keys 0-7 and 8-15 of 16, their channels 0-7 and 8-15 of 16.
-    const uint32_t at = ptx::shared_address(keys) + (lane % 8 + lane / 16 * 8) * C::kRowBytes + lane / 8 % 2 * 16;
+    const uint32_t at = ptx::shared_address(stage) + (lane % 8 + lane / 16 * 8) * C::kRowBytes + lane / 8 % 2 * 16;
+    float sum[kKeys / 8][4] = {};
+#pragma unroll 1
+    for (int term = 0; term < C::kTerms; term++) {
+      if (term > 0) {
+        __syncthreads();
+        load_keys<C>(a, from, first_key, term, stage);
+        __syncthreads();
+      }
 #pragma unroll
-    for (int n = 0; n < kKeys / 16; n++) {
+      for (int n = 0; n < kKeys / 16; n++) {
+        if (n % key_groups != key_group) continue;
 #pragma unroll
-      for (int step = 0; step < C::kSteps; step++) {
-        uint32_t b[4];
-        ptx::load_matrices(b, at + 16 * n * C::kRowBytes + 32 * step);
-        ptx::mma<C::kOperand>(sum[2 * n], mean[step], b[0], b[1], sum[2 * n]);
-        ptx::mma<C::kOperand>(sum[2 * n + 1], mean[step], b[2], b[3], sum[2 * n + 1]);
+        for (int step = 0; step < C::kSteps; step++) {
+          uint32_t b[4];
+          ptx::load_matrices(b, at + 16 * n * C::kRowBytes + 32 * step);
+          ptx::mma<C::kOperand>(sum[2 * n], mean[step], b[0], b[1], sum[2 * n]);
+          ptx::mma<C::kOperand>(sum[2 * n + 1], mean[step], b[2], b[3], sum[2 * n + 1]);
+        }
       }
     }
-  }
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int row = first_row + 8 * half;
-    if (row >= rows) continue;
-    float* const to = a.shifts + (plane_row + row) * a.keys + first_key + 4 * c;
+    for (int half = 0; half < 2; half++) {
+      const int row = first_row + 8 * half;
+      float* const to = a.shifts + (plane_row + row) * a.keys + first_key + 4 * c;
 #pragma unroll
-    for (int n = 0; n < kKeys / 16; n++) {
-      const auto shift = [&](int i, int e) { return (sum[2 * n + i][2 * half + e] - less[half]) * a.factor; };
-      *reinterpret_cast<float4*>(to + 16 * n) = make_float4(shift(0, 0), shift(0, 1), shift(1, 0), shift(1, 1));
+      for (int n = 0; n < kKeys / 16; n++) {
+        if (row >= rows || n % key_groups != key_group || first_key + 16 * n >= a.keys) continue;
+        const auto shift = [&](int i, int e) { return (sum[2 * n + i][2 * half + e] - less[half]) * a.factor; };
+        *reinterpret_cast<float4*>(to + 16 * n) = make_float4(shift(0, 0), shift(0, 1), shift(1, 0), shift(1, 1));
+      }
     }
+    __syncthreads();
   }
 }
 
 template <DType kType, int kHeadDim>
 void launch_for(const ShiftArguments& a, unsigned blocks, cudaStream_t stream) {
-  launch_overlapped(shifts_kernel<Config<kType, kHeadDim>>, blocks, kThreads, 0, stream, a);
+  using C = Config<kType, kHeadDim>;
+  SAGE_CUDA(cudaFuncSetAttribute(shifts_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, 2 * C::kStageBytes));
+  launch_overlapped(shifts_kernel<C>, blocks, kThreads, 2 * C::kStageBytes, stream, a);
 }
 
 }  // namespace
@@ -154,10 +196,17 @@ void launch_sage2_shifts(const Sage2Op& op, CUstream_st* stream) {
   a.group = static_cast<int>(op.q.heads() / op.k.heads());
   a.q_blocks = static_cast<int>((op.q.tokens() + kBlockM - 1) / kBlockM);
   a.keys = (op.k.tokens() + op.plan.block_k - 1) / op.plan.block_k * op.plan.block_k;
-  a.chunks = static_cast<int>(a.keys / kKeys);
-  a.parts = (a.group * a.q_blocks + kMeans - 1) / kMeans;
+  const int rows = a.group * a.q_blocks;
+  a.chunks = static_cast<int>((a.keys + kKeys - 1) / kKeys);
+  a.parts = (rows + kMeans - 1) / kMeans;
+  a.row_groups = kWarps / (kKeys / 16);
+  while (a.row_groups < kWarps && 16 * a.row_groups < rows) a.row_groups *= 2;
+  constexpr int64_t kFewestBlocks = 1056;  // below, more are worth more than fewer loads of means
+  const int64_t planes = op.k.batch() * a.kv_heads, all = planes * a.parts * a.chunks;
+  a.run = static_cast<int>(std::clamp<int64_t>(all / kFewestBlocks, 1, 32));
+  a.runs = (a.chunks + a.run - 1) / a.run;
   a.factor = op.scale * kLog2e;
-  const auto blocks = static_cast<unsigned>(op.k.batch() * a.kv_heads * a.parts * a.chunks);
+  const auto blocks = static_cast<unsigned>(planes * a.parts * a.runs);
   for_float_type(op.k.dtype, [&](auto type) {
     constexpr DType kType = decltype(type)::value;
     switch (op.plan.padded_head_dim) {
