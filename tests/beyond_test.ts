@@ -81,8 +81,9 @@ for (const kernel of ["sage1", "sage1-int8", "sage2", "sage2-int4", "sage-int8"]
       problem.v = halves(biased(problem.v, 24, 1, 3));
       using tensors = uploadProblem(device, problem, "f16");
       for (const combination of combinations) {
-        // Without any, CUDA's own groups and roundings are the matter of other tests.
-        if (device.kind === "cuda" && Object.keys(combination).length === 0) continue;
+        // CUDA's own groups and roundings, and its band, are the matter of other tests.
+        const own = combination.band || Object.keys(combination).length === 0;
+        if (device.kind === "cuda" && own) continue;
         const options: AttentionOptions = { kernel, exponential: "exact", ...combination };
         if (!runs(tensors.q, tensors.k, tensors.v, options)) continue;
         const { out, lse } = await run(tensors, { ...options, outDtype: "f32" });
