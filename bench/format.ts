@@ -122,7 +122,14 @@ export interface Results {
   /** Of a GPU, while measuring. */
   power?: { limitW: number; medianW: number };
   /** Of the suite, or of those of its tests whose name contains `filter`. */
-  tests: { passed: number; failed: number; skipped: number; filter?: string };
+  tests: {
+    passed: number;
+    failed: number;
+    skipped: number;
+    /** Names of those that failed. */
+    failures?: string[];
+    filter?: string;
+  };
   /** A copy from device memory to device memory, read and written bytes; absent without PyTorch. */
   copyTbs?: number;
   /** How much the same call's time differed between the beginning and the end of the run, as a share. */

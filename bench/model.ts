@@ -120,19 +120,20 @@ export function shapeOf(row: Row): Shape {
   return { headDim, causal, batch, heads, kvHeads, tokens, ...queries ? { queries } : {} };
 }
 
-/** Every other length is fitted, those between are what the model is judged by. */
-export function isFitted({ tokens }: Row): boolean {
-  return Math.round(Math.log2(tokens)) % 2 === 0;
+/**
+ * Of rows of one kernel, those that the model is fitted to: of every length those with the largest batch, of smaller
+ * ones every other. The rest are what it is judged by.
+ */
+export function fittedOf(rows: readonly Row[]): Row[] {
+  return rows.filter(({ batch, tokens }) => {
+    const most = Math.max(...rows.filter((row) => row.tokens === tokens).map(({ batch }) => batch));
+    return batch === most || Math.round(Math.log2(batch)) % 2 === 1;
+  });
 }
 
-/** The same; of rows with a smaller batch than others of their length, the lengths between. */
-function fittedOf(rows: readonly Row[]): Row[] {
-  return rows.filter((row) => {
-    const most = Math.max(
-      ...rows.filter(({ tokens }) => tokens === row.tokens).map(({ batch }) => batch),
-    );
-    return isFitted(row) === (row.batch === most);
-  });
+/** Whether the model speaks about a kernel: those that smooth queries make one product more, of another size. */
+export function isModelled({ kernel, smoothQ }: Row): boolean {
+  return !smoothQ && kernel !== "sage2-int4";
 }
 
 /** The model of rows that differ in mask and sizes only; undefined where there are too few. */
@@ -176,7 +177,9 @@ function elements(
 
 /** The model of rows of one kernel; undefined where they tell no workspace, or none is taken. */
 export function fitMemory(rows: readonly Row[]): MemoryModel | undefined {
-  const used = rows.filter((row) => isFitted(row) && row.workspaceBytes);
+  const used = rows.filter(({ tokens, workspaceBytes }) =>
+    workspaceBytes && Math.round(Math.log2(tokens)) % 2 === 0
+  );
   if (!used.length) return;
   const [perQuery, perKey, fixed] = fit(used.map((row) => {
     const [queries, keys] = elements(shapeOf(row));

@@ -29,6 +29,7 @@ import {
   provenance,
   readmeFigures,
   squareRows,
+  suiteLine,
 } from "./report_tables.ts";
 
 const help = `usage: deno task report [--text]
@@ -88,6 +89,7 @@ function recordSection({ name, results }: Named): string {
   return [
     `## ${results.device}`,
     `${provenance(results)}. The record: [${name}.json](../bench/results/${name}.json).`,
+    suiteLine(results),
     section("Speed against length", drawn(all, "speed"), ...lengths),
     section("Other shapes", otherShapes(results)),
     section("Decoding", decodeTable(results)),

@@ -525,7 +525,7 @@ function modelPicture(results: Results, file: string): Picture | undefined {
     spec: {
       title: heading(
         `Attention on ${results.device}: model against measurement`,
-        "Predicted time over measured time, less 1. Fitted at 1k, 4k and 16k tokens; the other lengths are predictions.",
+        "Predicted time over measured time, less 1.",
       ),
       data: { values },
       facet: {

@@ -7,7 +7,7 @@ import {
   fitMemory,
   fitTime,
   inDomain,
-  isFitted,
+  isModelled,
   predictBytes,
   predictMs,
   type Ring,
@@ -32,8 +32,9 @@ export interface Modelled {
 
 /** Rows of ours from tensors to the output, with a key-value head for every head. */
 function ownRows({ rows }: Results): Row[] {
-  return rows.filter(({ group, peer, endToEnd, heads, kvHeads }) =>
-    group === "attention" && !peer && endToEnd && heads === kvHeads
+  return rows.filter((row) =>
+    row.group === "attention" && !row.peer && row.endToEnd && row.heads === row.kvHeads &&
+    isModelled(row)
   );
 }
 
@@ -74,8 +75,7 @@ export function modelTable(results: Results): string {
       cyclesPerMask.toFixed(0),
       launchUs.toFixed(0),
       limit.toFixed(0),
-      worst(model, rows.filter(isFitted)),
-      worst(model, rows.filter((row) => !isFitted(row))),
+      worst(model, rows),
     ];
   });
   return table([
@@ -85,8 +85,7 @@ export function modelTable(results: Results): string {
     "cycles its mask",
     "µs a call",
     "TFLOP/s at endless length",
-    "off, fitted",
-    "off, others",
+    "off",
   ], body);
 }
 
@@ -164,8 +163,8 @@ function bytes(count: number): string {
 
 /** Workspace for each element of the inputs. */
 export function memoryTable(results: Results): string {
-  const rows = results.rows.filter(({ peer, endToEnd, group }) =>
-    group === "attention" && !peer && endToEnd
+  const rows = results.rows.filter((row) =>
+    row.group === "attention" && !row.peer && row.endToEnd && isModelled(row)
   );
   const body = distinct(rows.map(title)).flatMap((kernel) => {
     const own = rows.filter((row) => title(row) === kernel), model = fitMemory(own);

@@ -258,6 +258,14 @@ export function provenance(results: Results): string {
   return machineAndDate(results) + (others.length ? `, beside ${others.join(" and ")}` : "");
 }
 
+/** How the suite went in the same run. */
+export function suiteLine({ tests: { passed, failed, skipped, failures = [] } }: Results): string {
+  const names = failures.map((name) => `"${name}"`).join(", ");
+  return `The suite on that machine: ${passed} passed, ${failed} failed, ${skipped} skipped${
+    names ? `; failed: ${names}` : ""
+  }.`;
+}
+
 function machineAndDate(results: Results): string {
   const { device, features, multiprocessors, driver, date, clocks, power, source } = results;
   const machine = [

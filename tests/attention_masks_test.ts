@@ -277,7 +277,11 @@ async function everyKernel(
 ): Promise<void> {
   for (const kernel of kernels) {
     for (const smoothing of kernel === "flash" ? [{}] : [{}, smoothed]) {
-      const all = exactly({ kernel, ...options, ...smoothing });
+      // With these, Hopper takes the kernel that it takes for masks, without any too.
+      const portable = q.device.kind === "cuda" && ["sage2", "sage2-int4"].includes(kernel)
+        ? { granularity: "token" as const }
+        : {};
+      const all = exactly({ kernel, ...portable, ...options, ...smoothing });
       if (!runs(q, k, v, all)) console.log(`skipped on ${q.device.name}: ${kernel}`);
       else await check(`${kernel} ${JSON.stringify(smoothing)}`, all);
     }
@@ -570,27 +574,6 @@ deviceTest(
     });
   },
 );
-
-// ---- cost ---------------------------------------------------------------------------------------------
-
-deviceTest("tiles outside a window take no time", async (device) => {
-  const [tokens, heads] = device.kind === "cuda" ? [32768, 4] : [8192, 1]; // enough to fill a GPU
-  const problem = randomProblem({ heads, queries: tokens, channels: 64 }, "f16", 15);
-  using tensors = uploadProblem(device, problem, "f16");
-  const { q, k, v } = tensors;
-  for (const kernel of ["flash", "sage2"] as const) {
-    const options: AttentionOptions = { kernel, causal: true };
-    if (!runs(q, k, v, { ...options, window: 127 })) continue;
-    const time = async (options: AttentionOptions) => {
-      const once = () => device.time(() => attention(q, k, v, options).dispose());
-      return Math.min(await once(), await once(), await once(), await once());
-    };
-    const full = await time({ ...options, ...openWindow(device, tokens, tokens) });
-    const windowed = await time({ ...options, window: 127 });
-    // 4096 keys or more on average against 128 and the edges of tiles; packing all keys remains.
-    assertLess(windowed, full / 5, `${kernel}: ${windowed} ms against ${full} ms`);
-  }
-});
 
 // ---- the other ways in --------------------------------------------------------------------------------
 

@@ -58,10 +58,11 @@ for (const kernel of sageKernels) {
         const { out, lse } = await run(tensors, options);
         const bound = smoothQ ? smoothQBounds[kernel] : smoothBounds[kernel];
         within(error(out), bound.out, `${kernel} smoothing ${label}`);
-        // Hopper's sage2 lets 128 keys share their scales, not 64: errors of scores are a little larger.
-        const room = explain(tensors.q, tensors.k, tensors.v, options).architecture === "sm_90"
-          ? 1.15
-          : 1;
+        // Hopper's sage2 has groups of its own: 16 queries by 192 or more keys. Codes of such groups, in float64, err
+        // by .0180 on this problem where the others err by .0059.
+        const own = explain(tensors.q, tensors.k, tensors.v, options).architecture === "sm_90" &&
+          kernel.startsWith("sage2");
+        const room = !own ? 1 : smoothQ ? 1.15 : 3.1;
         within(
           worstDifference(lse, reference.lse),
           room * bound.lse,

@@ -5,6 +5,8 @@ export interface Counts {
   passed: number;
   failed: number;
   skipped: number;
+  /** Names of those that failed, where the run tells them. */
+  failures?: string[];
 }
 
 /** "12 passed, 0 failed", with the skipped ones where there are any. */
@@ -26,7 +28,18 @@ export function parseReport(xml: string): Counts {
     [...xml.matchAll(new RegExp(`<testsuite [^>]*\\b${attribute}="(\\d+)"`, "g"))]
       .reduce((total, match) => total + Number(match[1]), 0);
   const failed = sum("failures") + sum("errors"), skipped = sum("disabled");
-  return { passed: sum("tests") - failed - skipped, failed, skipped };
+  const failures = [...xml.matchAll(/<testcase name="([^"]*)"[^>]*>\s*<failure/g)].map(([, name]) =>
+    name.replaceAll("&quot;", '"').replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll(
+      "&amp;",
+      "&",
+    )
+  );
+  return {
+    passed: sum("tests") - failed - skipped,
+    failed,
+    skipped,
+    ...failures.length ? { failures } : {},
+  };
 }
 
 /** How a suite is run. */
@@ -40,10 +53,12 @@ export interface SuiteOptions {
 const nothing: Counts = { passed: 0, failed: 0, skipped: 0 };
 
 function add(a: Counts, b: Counts): Counts {
+  const failures = [...a.failures ?? [], ...b.failures ?? []];
   return {
     passed: a.passed + b.passed,
     failed: a.failed + b.failed,
     skipped: a.skipped + b.skipped,
+    ...failures.length ? { failures } : {},
   };
 }
 
@@ -53,7 +68,7 @@ async function runProcess(
   args: readonly string[],
   quiet: boolean,
   apart: boolean,
-): Promise<Counts & { success: boolean }> {
+): Promise<Counts> {
   const report = await Deno.makeTempFile({ suffix: ".xml" });
   const output = quiet ? "null" : apart ? "piped" : "inherit";
   try {
@@ -72,7 +87,7 @@ async function runProcess(
     const counts = parseReport(await Deno.readTextFile(report));
     if (signal && !quiet) console.log(`deno test died of ${signal}`);
     if (!success && counts.failed === 0) counts.failed = 1;
-    return { ...counts, success };
+    return counts;
   } finally {
     await Deno.remove(report);
   }
@@ -111,5 +126,5 @@ export async function runSuite(
     }));
   }
   const { passed, failed, skipped } = total;
-  return { passed, failed: failed || (passed + skipped === 0 ? 1 : 0), skipped };
+  return { ...total, failed: failed || (passed + skipped === 0 ? 1 : 0) };
 }
