@@ -137,7 +137,13 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
            kernel_name(plan.kernel));
   }
   plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
-  if (is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4)) {
+  const bool hopper_sage2 = is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+  if (plan.band && !hopper_sage2) {
+    refuse("options.band",
+           "off (1) on a CUDA device, but for sage2 and sage2-int4 on compute capability 9.0, or the kernel flash",
+           "on (2)");
+  }
+  if (hopper_sage2) {
     const std::string obstacle = not_for_hopper_sage2(shape, plan);
     if (obstacle.empty()) return set_hopper_sage2(shape, plan);
     if (plan.band) refuse("options.band", "off (1) as " + obstacle + ", or the kernel flash", "on (2)");
@@ -150,7 +156,6 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
   } else if (is_hopper(device) && !has_plain_mask(shape)) {
     plan.reason += "; by the portable kernel, as keys or scores are masked";
   }
-  if (plan.band) refuse("options.band", "off (1) on this CUDA device with this kernel, or the kernel flash", "on (2)");
   if (plan.fast_exponential) {
     refuse("options.exponential", "default (0) or exact (1) on this CUDA device (flash has no choice)", "fast (2)");
   }
