@@ -167,8 +167,8 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
 // By measurement, end to end (bench/results/): quantizing pays where the products are long.
 static Kernel hopper_auto_kernel(const AttentionShape& shape, std::string& reason) {
   const int64_t tokens = std::min(shape.q_tokens, shape.k_tokens);
-  if (tokens >= (shape.causal ? 2048 : 1024)) {
-    reason = "auto: sage2 is the fastest kernel on this device from 1024 tokens on (causal: 2048)";
+  if (tokens >= (std::max(shape.head_dim, shape.v_dim) <= 64 ? 4096 : 2048)) {
+    reason = "auto: sage2 is the fastest kernel on this device from 2048 tokens on (head dimensions up to 64: 4096)";
     return Kernel::kSage2;
   }
   if (shape.dtype == DType::kF32) {
@@ -180,7 +180,7 @@ static Kernel hopper_auto_kernel(const AttentionShape& shape, std::string& reaso
 }
 
 Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device, std::string& reason) {
-  if (is_hopper(device) && has_plain_mask(shape)) return hopper_auto_kernel(shape, reason);
+  if (is_hopper(device) && !cuda::is_general(shape.masking)) return hopper_auto_kernel(shape, reason);
   if (shape.dtype == DType::kF32) {
     reason = "auto: sage1, as flash takes no f32 on this device";
     return Kernel::kSage1;
