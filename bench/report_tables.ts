@@ -114,10 +114,12 @@ export function lengthTable(results: Results, headDim: number, causal: boolean):
   return speedTable(rows, columns, unitOf(rows));
 }
 
-/** The README's: two lengths at D 128, the longest elsewhere. */
+/** The README's: the kernels of most use, two lengths at D 128, the longest elsewhere. */
 function shortTable(results: Results): string {
-  const rows = squareRows(results).filter(({ kernel, endToEnd }) =>
-    endToEnd || kernel !== "sage1" && !kernel.startsWith("sage1-")
+  const shown = ({ kernel, peer, accumulator, smoothQ }: Row) =>
+    peer || ["flash", "sage1", "sage2"].includes(kernel) && accumulator !== "f16" && !smoothQ;
+  const rows = squareRows(results).filter((row) =>
+    shown(row) && (row.endToEnd || row.kernel !== "sage1")
   );
   const longest = Math.max(...rows.map(({ tokens }) => tokens));
   const columns = [128, 64, 256].flatMap((headDim) =>
