@@ -119,7 +119,10 @@ std::string asked_for(Kernel kernel) { return std::string(kernel_name(kernel)) +
 Plan plan_attention(const AttentionShape& shape, const sage_attention_options& options, const DeviceTraits& device) {
   Plan plan{};
   plan.kernel = Kernel(options.kernel);
-  if (plan.kernel == Kernel::kAuto) {
+  if (plan.kernel == Kernel::kAuto && !device.cpu && options.band == SAGE_ON) {
+    plan.kernel = Kernel::kSage2;
+    plan.reason = "auto: sage2 is the kernel that has the precision band on CUDA devices";
+  } else if (plan.kernel == Kernel::kAuto) {
     plan.kernel = device.cpu ? cpu_auto_kernel(shape, plan.reason) : cuda_auto_kernel(shape, device, plan.reason);
   } else {
     plan.reason = asked_for(plan.kernel);
