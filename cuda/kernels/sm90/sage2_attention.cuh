@@ -96,9 +96,8 @@ struct Sage2Config {
   // A stage takes 64 keys of 16 bits as well; their values must not touch the ones.
   static constexpr int kBandValuesAt = kVWidth == 128 ? 0 : aligned(kChunks * kChunkBytes);
   static constexpr int kKeyStage = aligned(kKeyBytes),
-                       kValueStage =
-                           kBand ? std::max(aligned(kChunks * kChunkBytes), kBandValuesAt + 64 * kHeadDim * 2)
-                                 : aligned(kChunks * kChunkBytes);
+                       kValueStage = kBand ? std::max(aligned(kChunks * kChunkBytes), kBandValuesAt + 64 * kHeadDim * 2)
+                                           : aligned(kChunks * kChunkBytes);
   static constexpr int kItemsAt = 256, kOnesAt = 512, kRowsAt = 1024, kQueryAt = 2048,
                        kKeyAt = kQueryAt + kQueryBuffers * kQueryBytes;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyStage, kTotalAt = kValueAt + kStages * kValueStage;
