@@ -24,6 +24,7 @@ const kernels: Exclude<Kernel, "auto">[] = [
   "sage2",
   "sage2-int4",
   "sage2++",
+  "sage-int8",
 ];
 const sets = [
   { file: "tinyllama-layer00", title: "TinyLlama layer 0, causal", causal: true },

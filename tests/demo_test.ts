@@ -67,7 +67,7 @@ Deno.test("demo: runs every kernel on every device, within bounds, and draws", a
     }).output();
     const text = new TextDecoder().decode(stdout);
     assertEquals(code, 0, text + new TextDecoder().decode(stderr));
-    const kernels = ["flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++"];
+    const kernels = ["flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++", "sage-int8"];
     const devices = Device.list().slice(0, 2).map((info) => info.device);
     const measured = [...text.matchAll(
       /^(cpu|cuda:0) +(\S+) +([\d.]+) ms +([\d.]+) +([\d.]+) +([\d.e+-]+) +([\d.]+ [kM]B)$/gm,

@@ -15,7 +15,7 @@ export interface Panel {
   marks: Mark[];
 }
 
-const kernels = ["flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++"];
+const kernels = ["flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++", "sage-int8"];
 const panelWidth = 470, panelHeight = 300;
 const margin = { left: 58, right: 16, top: 34, bottom: 40 };
 const head = 78, gap = 14;
