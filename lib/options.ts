@@ -103,7 +103,8 @@ export interface AttentionQuantizedOptions<O extends FloatDType = FloatDType>
   /**
    * How scores become P in FP8. `"exact"` takes an exponential and rounds it. `"fast"`, only for kernel `"sage2"`,
    * gets the FP8 code from the score by one integer multiplication, as its mantissa is nearly a logarithm: P's rms
-   * error is then 3.15 % instead of 2.66 %, and the error of the output at most 1.12 times as large. A log-sum-exp is
+   * error is then 3.15 % instead of 2.66 %, and the error of the output about 1.1 times as large,
+   * where attention is nearly uniform up to 1.5 times. A log-sum-exp is
    * then that of P as it was coded, up to 0.04 off where a row sees few keys; else that of exact exponentials. Default:
    * `"exact"` where the log-sum-exp is wanted too or queries are smoothed, else what suits the device;
    * {@linkcode explain} says which.
