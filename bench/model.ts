@@ -122,12 +122,12 @@ export function shapeOf(row: Row): Shape {
 
 /**
  * Of rows of one kernel, those that the model is fitted to: of every length those with the largest batch, of smaller
- * ones every other. The rest are what it is judged by.
+ * ones every other product of batch and heads. The rest are what it is judged by.
  */
 export function fittedOf(rows: readonly Row[]): Row[] {
-  return rows.filter(({ batch, tokens }) => {
+  return rows.filter(({ batch, heads, tokens }) => {
     const most = Math.max(...rows.filter((row) => row.tokens === tokens).map(({ batch }) => batch));
-    return batch === most || Math.round(Math.log2(batch)) % 2 === 1;
+    return batch === most || Math.round(Math.log2(batch * heads)) % 2 === 1;
   });
 }
 

@@ -4,6 +4,7 @@ import {
   attention,
   type AttentionOptions,
   attentionQuantized,
+  attentionVarlen,
   dequantize,
   Device,
   type FloatDType,
@@ -13,7 +14,7 @@ import {
   type Tensor,
   UnsupportedError,
 } from "../mod.ts";
-import { variants } from "../bench/cases.ts";
+import { variantsOf } from "../bench/cases.ts";
 import { closingLine } from "./suite.ts";
 
 const tools = ["memcheck", "initcheck", "synccheck", "racecheck"] as const;
@@ -53,10 +54,18 @@ function attentionCalls(device: Device, dtype: FloatDType): number {
     using q = random(device, [1, heads, queries, headDim], dtype);
     using k = random(device, [1, kvHeads, keys, headDim], dtype);
     using v = random(device, [1, kvHeads, keys, headDim], dtype);
-    for (const variant of variants) {
-      for (const causal of [false, true]) {
-        const options: AttentionOptions = { ...variant, causal };
-        if (tried(() => attention(q, k, v, { ...options, returnLse: true }))) count++;
+    using sinks = random(device, [1, heads, 1, 1], "f32");
+    using mask = random(device, [1, heads, queries, keys], dtype);
+    const masks: readonly AttentionOptions[] = [
+      { causal: false },
+      { causal: true },
+      { window: 40 },
+      { sinks, alibi: sinks, softcap: 20 },
+      { mask },
+    ];
+    for (const options of masks) {
+      for (const variant of variantsOf({ causal: options.causal ?? false })) {
+        if (tried(() => attention(q, k, v, { ...variant, ...options, returnLse: true }))) count++;
       }
     }
   }
@@ -72,6 +81,13 @@ function otherCalls(device: Device): number {
       using _back = dequantize(codes, { outDtype: "f16" });
       count += 2;
     }
+  }
+  const cuSeqlensQ = [0, 1, 70, 70, 200];
+  using packed = random(device, [1, 2, 200, 64], "f16");
+  for (const kernel of ["flash", "sage1", "sage2"] as const) {
+    if (
+      tried(() => attentionVarlen(packed, packed, packed, { kernel, cuSeqlensQ, causal: true }))
+    ) count++;
   }
   using means = smooth(x, { blockRows: 128 });
   using q = quantize(x, { operand: "query", dtype: "i8", granularity: "block" });
@@ -111,7 +127,7 @@ if (Deno.args.includes("--calls")) {
   await runCalls();
 } else {
   let passed = 0, failed = 0;
-  for (const tool of tools) await isClean(tool) ? passed++ : failed++;
+  for (const clean of await Promise.all(tools.map(isClean))) clean ? passed++ : failed++;
   console.log(closingLine({ passed, failed, skipped: 0 }));
   if (failed) Deno.exitCode = 1;
 }
