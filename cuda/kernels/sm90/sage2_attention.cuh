@@ -116,6 +116,9 @@ constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);  // warpgroups that m
 // A mean of n values of V, whose codes have a root mean square of kValueRms, drifts if it is larger than this many
 // times kValueRms / sqrt(n): attention to normal scores has 1.65.
 constexpr float kDrift = 10.5f;
+// Truncation takes a little of what O holds with every product, so O is added to the total after this many keys even
+// if it hovers: left to itself for a million, it lacks 4 %.
+constexpr int kLongestSum = 1 << 16;
 
 // ---- rings of tiles ----------------------------------------------------------------------------------------------
 
@@ -654,14 +657,14 @@ struct Total {
   }
 };
 
-// Whether a row of the warpgroup drifts; `keys` is how many O has summed.
+// Whether a row of the warpgroup drifts, or O has summed for long; `keys` is how many it has.
 template <class C>
 __device__ __forceinline__ bool drifts(const float (&o)[C::kOutputs], const RowState& state, int keys, int group) {
   float largest[2] = {};
 #pragma unroll
   for (int i = 0; i < C::kHeadDim / 2; i++) largest[i >> 1 & 1] = fmaxf(largest[i >> 1 & 1], fabsf(o[i]));
   const float bound = kDrift * kValueRms * rsqrtf(static_cast<float>(keys));
-  const bool found = largest[0] > bound * state.sum[0] || largest[1] > bound * state.sum[1];
+  const bool found = keys >= kLongestSum || largest[0] > bound * state.sum[0] || largest[1] > bound * state.sum[1];
   return __any_sync(~0u, ptx::any_of_warpgroup(3 + group, found));  // the vote tells the compiler that warps agree
 }
 
