@@ -253,21 +253,6 @@ void check_shapes(const Tensors& tensors, const View& q, const View& k, const Vi
   tensors.expect("lse", lse, 3, 1, "one value a row");
 }
 
-AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, const Masking& masking) {
-  return {q.batch(),
-          q.heads(),
-          k.heads(),
-          q.tokens(),
-          k.tokens(),
-          q.channels(),
-          v.channels(),
-          q.dtype,
-          o.dtype,
-          masking.after == 0,
-          has_boxes(q) && has_boxes(k) && has_boxes(v),
-          masking};
-}
-
 float resolve_scale(const sage_attention_options& options, const View& q) {
   return options.scale == 0 ? 1.0f / std::sqrt(float(q.channels())) : options.scale;
 }

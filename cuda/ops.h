@@ -224,6 +224,21 @@ inline bool has_boxes(const View& view) {
   return true;
 }
 
+inline AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, const Masking& masking) {
+  return {q.batch(),
+          q.heads(),
+          k.heads(),
+          q.tokens(),
+          k.tokens(),
+          q.channels(),
+          v.channels(),
+          q.dtype,
+          o.dtype,
+          masking.after == 0,
+          has_boxes(q) && has_boxes(k) && has_boxes(v),
+          masking};
+}
+
 // Pure: throws SAGE_UNSUPPORTED, with the allowed values, where the device cannot do it.
 Plan plan_attention(const AttentionShape& shape, const sage_attention_options& options, const DeviceTraits& device);
 Plan plan_attention_quantized(const AttentionShape& shape, const sage_attention_quantized_call& call,

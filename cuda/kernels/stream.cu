@@ -51,21 +51,6 @@ bool has_aligned_rows(const View& codes) {
   return codes.stride[3] == 1 && reinterpret_cast<uintptr_t>(codes.data) % 16 == 0;
 }
 
-AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, const Masking& masking) {
-  return {q.batch(),
-          q.heads(),
-          k.heads(),
-          q.tokens(),
-          k.tokens(),
-          q.channels(),
-          v.channels(),
-          q.dtype,
-          o.dtype,
-          masking.after == 0,
-          has_boxes(q) && has_boxes(k) && has_boxes(v),
-          masking};
-}
-
 // What V may grow to in FP16: with FP32 sums a power of two that FP16 holds; with FP16 sums of one key tile, whose
 // weights are at most 1, small enough that rounding up cannot overflow them.
 float largest_value(const Plan& plan) { return plan.f16_accumulator ? 60000.0f / plan.block_k : 32768.0f; }
