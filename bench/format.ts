@@ -84,6 +84,20 @@ export interface MaskRow {
   noise: number;
 }
 
+/** Time of one call on an idle device, from the call until a program that waits for it goes on. */
+export interface LatencyRow {
+  kernel: string;
+  accumulator?: "f32" | "f16";
+  exp?: "exact" | "fast";
+  smoothQ?: boolean;
+  band?: boolean;
+  heads: number;
+  tokens: number;
+  headDim: number;
+  ms: number;
+  noise: number;
+}
+
 /** How far a kernel was from float64 attention on the tensors of tests/data/. */
 export interface Accuracy {
   file: string;
@@ -138,6 +152,7 @@ export interface Results {
   peers?: Record<string, string | number>;
   rows: Row[];
   masks?: MaskRow[];
+  latency?: LatencyRow[];
   accuracy: Accuracy[];
 }
 

@@ -20,12 +20,14 @@ import { compare, comparisonLines } from "./compare.ts";
 import {
   type Accuracy,
   describe,
+  type LatencyRow,
   type MaskRow,
   nameOf,
   type Results,
   type Row,
   speedOf,
 } from "./format.ts";
+import { latencyRows } from "./latency.ts";
 import { driverVersion, fileName, Watcher } from "./machine.ts";
 import { maskRows } from "./masks.ts";
 import { RandomTensors } from "./measure.ts";
@@ -70,6 +72,10 @@ function showAccuracy(row: Accuracy): void {
       cosine.toFixed(6)
     }`,
   );
+}
+
+function showLatency(row: LatencyRow): void {
+  console.log(`${`launch to result ${nameOf(row)}`.padEnd(62)} ${(1e3 * row.ms).toFixed(1)} µs`);
 }
 
 async function accuracyRows(device: Device): Promise<Accuracy[]> {
@@ -120,7 +126,7 @@ async function measureRows(
   peers: Peers | undefined,
   watcher: Watcher | undefined,
   quick: boolean,
-): Promise<{ rows: Row[]; masks: MaskRow[]; drift: number }> {
+): Promise<{ rows: Row[]; masks: MaskRow[]; latency: LatencyRow[]; drift: number }> {
   const rows: Row[] = [], budgetMs = quick ? 30 : 50;
   const random = new RandomTensors(device), skips = new Skips((line) => console.log(line));
   const add = async (measure: () => Promise<Row[]>) => {
@@ -143,7 +149,9 @@ async function measureRows(
   const first = rows.find((row) => describe(row) === describe(again))!;
   const masks = quick ? [] : await maskRows(random, budgetMs, skips);
   masks.forEach(showMask);
-  return { rows, masks, drift: Math.abs(again.ms / first.ms - 1) };
+  const latency = await latencyRows(random);
+  latency.forEach(showLatency);
+  return { rows, masks, latency, drift: Math.abs(again.ms / first.ms - 1) };
 }
 
 function rounded(_key: string, value: unknown): unknown {
@@ -185,7 +193,7 @@ await runTask(async () => {
   const accuracy = await accuracyRows(device);
   const watcher = kind === "cuda" ? new Watcher() : undefined;
   const copyTbs = await peers?.copy(device, 2 ** 30);
-  const { rows, masks, drift } = await measureRows(device, peers, watcher, options.quick);
+  const { rows, masks, latency, drift } = await measureRows(device, peers, watcher, options.quick);
   const results: Results = {
     device: name,
     features,
@@ -201,6 +209,7 @@ await runTask(async () => {
     peers: peers?.versions,
     rows,
     masks,
+    latency,
     accuracy,
   };
   console.log(`measured in ${((performance.now() - began) / 1e3).toFixed(0)} s`);

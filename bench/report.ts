@@ -22,6 +22,7 @@ import {
   between,
   decodeTable,
   distinct,
+  latencyTable,
   lengthTable,
   maskTable,
   otherShapes,
@@ -96,6 +97,7 @@ function recordSection({ name, results }: Named): string {
     section("Accuracy against speed", drawn(all, "accuracy"), accuracyTable(results)),
     section("Where the time goes", drawn(all, "stages")),
     section("Masks", maskTable(results)),
+    section("One small call", latencyTable(results)),
     section("Quantizing and smoothing", preparationTable(results)),
   ].filter(Boolean).join("\n\n");
 }

@@ -151,6 +151,16 @@ export function maskTable({ masks = [] }: Results): string {
   ], body);
 }
 
+/** How long one small call takes. */
+export function latencyTable({ latency = [] }: Results): string {
+  if (!latency.length) return "";
+  const [{ heads, tokens, headDim }] = latency;
+  return table(
+    [`${heads} heads, ${tokens} tokens, D ${headDim}`, "µs from launch to result"],
+    latency.map((row) => [title(row), (1e3 * row.ms).toFixed(1)]),
+  );
+}
+
 /** Rows of other shapes, one a line: grouped queries, batches, heads. */
 export function otherShapes(results: Results): string {
   const square = new Set(squareRows(results));

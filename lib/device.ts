@@ -203,7 +203,8 @@ export class Device {
   }
 
   /**
-   * Waits for all work that was enqueued so far, without blocking the event loop.
+   * Waits for all work that was enqueued so far, without blocking the event loop for more than a moment (50 µs, in
+   * which small calls end).
    *
    * @throws {SageError} Where the device failed in the meantime.
    */
