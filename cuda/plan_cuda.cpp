@@ -17,7 +17,7 @@ namespace {
             "Cannot run attention as " + what + " must be " + must + ": current value is " + value + ".");
 }
 
-bool is_hopper(const DeviceTraits& device) { return device.compute_capability == 90; }
+bool is_hopper(const DeviceTraits& device) { return device.architecture == 90; }
 
 void check_tokens(const AttentionShape& shape) {
   constexpr int64_t kMostTokens = (int64_t{1} << 31) - 1024;
