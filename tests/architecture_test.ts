@@ -229,6 +229,21 @@ Deno.test({
   },
 });
 
+architectureTest("a mask that is fully open changes no bit", async (device) => {
+  for (const channels of [64, 128, 256]) {
+    const lengths = { heads: 2, queries: 130, keys: 260, channels };
+    const problem = randomProblem(lengths, "f16", 600 + channels);
+    using tensors = uploadProblem(device, problem, "f16");
+    const open = new Uint8Array(130 * 260).fill(1);
+    using mask = device.tensor(open, [1, 1, 130, 260], { dtype: "bool" });
+    for (const kernel of kernels) {
+      const plain = await run(tensors, { kernel }), masked = await run(tensors, { kernel, mask });
+      assertEquals(bits(masked.out), bits(plain.out), `${kernel} D${channels}`);
+      assertEquals(bits(masked.lse), bits(plain.lse), `log-sum-exp of ${kernel} D${channels}`);
+    }
+  }
+});
+
 architectureTest("values that are not finite reach who sees them", async (device) => {
   const lengths = { heads: 2, queries: 150, channels: 64 };
   const channel = 21;

@@ -115,10 +115,12 @@ void check_products() {
     // V in tiles of FP8 codes takes a byte a channel more, and INT4 codes of Q and K half a byte less.
     const size_t plain = plan_of(as(gpu(90, 89), 80), SAGE_KERNEL_SAGE2).workspace_bytes, values = 8 * 1024 * 128;
     CHECK(plan_of(traits, SAGE_KERNEL_SAGE2).workspace_bytes == plain + (fp8 ? values : 0), name);
-    // Scores that a mask changes have kernels with FP16 products alone.
-    const Plan masked = plan_of(traits, SAGE_KERNEL_SAGE2_INT4, 128, 20.0f);
-    CHECK(!masked.fp8_products && !masked.int4_products && masked.architecture == 80, name);
-    // So have GPUs whose code was compiled without FP8.
+    // Where scores are masked or changed, INT8 tensor cores multiply INT4 codes.
+    for (const int32_t kernel : {SAGE_KERNEL_SAGE2, SAGE_KERNEL_SAGE2_INT4, SAGE_KERNEL_SAGE2PP}) {
+      const Plan masked = plan_of(traits, kernel, 128, 20.0f);
+      CHECK(masked.fp8_products == fp8 && !masked.int4_products, name);
+    }
+    // GPUs whose code was compiled without FP8 have no such products.
     if (own >= 89) CHECK(!plan_of(as(gpu(own, 80), own), SAGE_KERNEL_SAGE2, 64, 20.0f).fp8_products, name);
   }
   for (const int own : {100, 120}) CHECK(!plan_of(gpu(own, 80), SAGE_KERNEL_SAGE2).fp8_products, std::to_string(own));

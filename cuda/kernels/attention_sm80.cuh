@@ -1060,21 +1060,23 @@ void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool c
   launch(kNo, kNo, kYes);
 }
 
-// Products of codes by FP8 or INT4 tensor cores.
-template <int kHeadDim>
+// Products of codes by FP8 or INT4 tensor cores; where scores may be masked by those of FP8 alone.
+template <int kHeadDim, bool kGeneral>
 void launch_codes_for(const AttentionParams& params, bool int4, bool fp8, bool f16_accumulator, int64_t planes,
                       cudaStream_t stream) {
   using ptx::Operand;
   const auto launch = [&](auto qk, auto pv, auto accumulator) {
-    launch_attention<
-        AttentionConfig<kHeadDim, decltype(qk)::value, decltype(pv)::value, decltype(accumulator)::value, true, true>>(
+    constexpr Operand kQK = decltype(qk)::value, kPV = decltype(pv)::value;
+    launch_attention<AttentionConfig<kHeadDim, kQK, kPV, decltype(accumulator)::value, true, true, kGeneral>>(
         params, planes, stream);
   };
   constexpr std::integral_constant<Operand, Operand::kS8> kInt8;
-  constexpr std::integral_constant<Operand, Operand::kS4> kInt4;
-  constexpr std::integral_constant<Operand, Operand::kF16> kF16;
   constexpr std::integral_constant<Operand, Operand::kE4M3> kE4M3;
-  if (int4) return fp8 ? launch(kInt4, kE4M3, std::false_type{}) : launch(kInt4, kF16, std::false_type{});
+  if constexpr (!kGeneral) {
+    constexpr std::integral_constant<Operand, Operand::kS4> kInt4;
+    constexpr std::integral_constant<Operand, Operand::kF16> kF16;
+    if (int4) return fp8 ? launch(kInt4, kE4M3, std::false_type{}) : launch(kInt4, kF16, std::false_type{});
+  }
   f16_accumulator ? launch(kInt8, kE4M3, std::true_type{}) : launch(kInt8, kE4M3, std::false_type{});
 }
 
