@@ -15,7 +15,7 @@ import { build } from "../build.ts";
 import { reference } from "../examples/demo/reference.ts";
 import { BuildError, runTask } from "../tools/build/toolchain.ts";
 import { closingLine, runSuite } from "../tools/suite.ts";
-import { labels, recordCases, variantsOf } from "./cases.ts";
+import { labels, oldest, portableCases, recordCases, variantsOf } from "./cases.ts";
 import { compare, comparisonLines } from "./compare.ts";
 import {
   type Accuracy,
@@ -32,7 +32,7 @@ import { driverVersion, fileName, Watcher } from "./machine.ts";
 import { maskRows } from "./masks.ts";
 import { RandomTensors } from "./measure.ts";
 import { Peers, Skips } from "./peers.ts";
-import { attentionRows, preparationRows } from "./rows.ts";
+import { attentionRows, portableRows, preparationRows } from "./rows.ts";
 
 const help =
   `usage: deno task record [--device cuda:0] [--compare] [--quick] [--skip-tests] [--filter text] [--peers]
@@ -144,6 +144,14 @@ async function measureRows(
   for (const one of cases) {
     await add(() => attentionRows(random, one, budgetMs, skips));
     if (peers) await add(() => peers.rows(one, device));
+  }
+  const portable = quick ? [] : portableCases(device);
+  if (portable.length) {
+    using older = Device.open(device.name as "cuda", { architecture: oldest });
+    const tensors = new RandomTensors(older);
+    for (const one of portable) {
+      await add(() => portableRows(tensors, one, oldest, budgetMs, skips));
+    }
   }
   const [again] = await attentionRows(random, cases[0], budgetMs, skips);
   const first = rows.find((row) => describe(row) === describe(again))!;

@@ -574,12 +574,17 @@ sage_status sage_device_describe(int32_t device, sage_device_info* info, char* e
 // ---- streams --------------------------------------------------------------------------------------------
 
 sage_status sage_stream_create(int32_t device, uint64_t* stream, char* error, size_t error_size) {
+  return sage_stream_create_for(device, 0, stream, error, error_size);
+}
+
+sage_status sage_stream_create_for(int32_t device, int32_t architecture, uint64_t* stream, char* error,
+                                   size_t error_size) {
   return guarded(error, error_size, [&] {
     constexpr const char* kAction = "create a stream";
     check_pointer(kAction, "stream", stream);
     check_device(kAction, device);
     if (device != SAGE_CPU) check_cuda_device(kAction, device);
-    store(stream, Registry::shared().open_stream(device)->id);
+    store(stream, Registry::shared().open_stream(device, architecture)->id);
   });
 }
 

@@ -17,7 +17,7 @@ namespace {
             "Cannot run attention as " + what + " must be " + must + ": current value is " + value + ".");
 }
 
-bool is_hopper(const DeviceTraits& device) { return device.compute_capability == 90; }
+bool is_hopper(const DeviceTraits& device) { return device.architecture == 90; }
 
 void check_tokens(const AttentionShape& shape) {
   constexpr int64_t kMostTokens = (int64_t{1} << 31) - 1024;
@@ -119,9 +119,21 @@ void set_hopper_f16(const AttentionShape& shape, Plan& plan) {
   plan.block_k = tiles.block_k;
 }
 
-void set_portable(const AttentionShape& shape, Plan& plan) {
-  plan.architecture = 80;
-  plan.implementation = "sm_80 mma";
+// Tensor cores for FP8 are those of 8.9 and 12.x, for INT4 those of 8.x; elsewhere mma.sync emulates them.
+void set_products(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  const bool int4 = plan.kernel == Kernel::kSage2Int4;
+  const bool fp8 = int4 || plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2PP;
+  plan.fp8_products = fp8 && device.code_level >= 89 && (device.architecture == 89 || device.architecture >= 120);
+  plan.int4_products =
+      int4 && device.architecture <= 89 && bits_per_element(shape.dtype) >= 16 && !cuda::is_general(shape.masking);
+}
+
+void set_portable(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  set_products(shape, device, plan);
+  plan.architecture = plan.fp8_products ? 89 : 80;
+  plan.implementation = "sm_" + std::to_string(plan.architecture) + " mma";
+  if (plan.int4_products) plan.implementation += ", INT4";
+  if (plan.fp8_products) plan.implementation += ", FP8";
   plan.block_k = 64;
   const cuda::AttentionTuning tuning = cuda::attention_tuning(
       plan, shape.masking, cuda::has_column_terms(plan, plan.smooth_q), static_cast<long long>(shape.k_tokens));
@@ -160,7 +172,7 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
   if (plan.fast_exponential) {
     refuse("options.exponential", "default (0) or exact (1) on this CUDA device (flash has no choice)", "fast (2)");
   }
-  set_portable(shape, plan);
+  set_portable(shape, device, plan);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ const functions = {
   sage_build_describe: { parameters: ["buffer", ...error], result: "i32" },
   sage_cuda_device_count: { parameters: ["buffer", ...error], result: "i32" },
   sage_device_describe: { parameters: ["i32", "buffer", ...error], result: "i32" },
-  sage_stream_create: { parameters: ["i32", "buffer", ...error], result: "i32" },
+  sage_stream_create_for: { parameters: ["i32", "i32", "buffer", ...error], result: "i32" },
   sage_stream_destroy: { parameters: ["u64", ...error], result: "i32" },
   sage_stream_synchronize: { parameters: ["u64", ...error], result: "i32" },
   // On another thread, and without buffers: ending a worker must not leave native code writing to its memory.

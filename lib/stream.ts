@@ -17,12 +17,18 @@ export class Stream {
   readonly #storages = new Set<Storage>();
   #closed = false;
 
-  /** @param device Device number in sage.h. */
-  constructor(device: number) {
+  /**
+   * @param device Device number in sage.h.
+   * @param architecture The compute capability whose kernels it uses; 0: its own.
+   */
+  constructor(device: number, architecture: number) {
     this.device = device;
     this.#native = acquire();
     try {
-      unwrap(this.#native.sage_stream_create(device, result.bytes, errorBytes, errorSize));
+      const { bytes } = result;
+      unwrap(
+        this.#native.sage_stream_create_for(device, architecture, bytes, errorBytes, errorSize),
+      );
     } catch (error) {
       release();
       throw error;

@@ -12,12 +12,18 @@ extern template void launch_flash_for<128, false>(const AttentionParams&, DType,
 extern template void launch_sage_for<128, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 extern template void launch_flash_for<256, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
 extern template void launch_sage_for<256, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<64, false>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<128, false>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<256, false>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
 extern template void launch_flash_for<64, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
 extern template void launch_sage_for<64, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 extern template void launch_flash_for<128, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
 extern template void launch_sage_for<128, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 extern template void launch_flash_for<256, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
 extern template void launch_sage_for<256, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<64, true>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<128, true>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<256, true>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
 
 namespace {
 
@@ -159,6 +165,10 @@ void launch_sage(const SageOp& op, cudaStream_t stream) {
   const int64_t planes = op.q.batch() * op.q.heads();
   choose(op.masking, plan, [&](auto head_dim, auto general) {
     constexpr bool kGeneral = decltype(general)::value;
+    if (plan.fp8_products || plan.int4_products) {
+      return launch_codes_for<decltype(head_dim)::value, kGeneral>(params, plan.int4_products, plan.fp8_products,
+                                                                   f16_accumulator, planes, stream);
+    }
     launch_sage_for<decltype(head_dim)::value, kGeneral>(params, f16_accumulator, column_terms, planes, stream);
   });
 }

@@ -1,6 +1,6 @@
 // Attention by mma.sync and cp.async (sm_80 and later): all kernels are one, which differs in the type of Q.K, in where
 // the factor of a score comes from and in what P is rounded to. Codes of P and V are held in FP16, which holds them
-// exactly, so one product serves FP16, FP8 and INT8.
+// exactly, so one product serves FP16, FP8 and INT8; where FP8 and INT4 have tensor cores there are products of those.
 //
 // One block owns kBlockM query rows of one head and walks those tiles of kBlockN keys that they see, from right to
 // left. Tiles that need no mask take a shorter way. Fragments are those of the PTX manual: lane l holds rows g and
@@ -93,22 +93,35 @@ struct AttentionConfig {
   // There may be a mask, softcap, ALiBi or sinks; windows are for all.
   static constexpr bool kGeneral = kGeneral_;
 
+  // V comes in tiles of launch_tile_values, and P is rounded to e4m3.
+  static constexpr bool kFp8 = kPV == ptx::Operand::kE4M3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  static constexpr bool kCompiled = !kFp8;
+#else
+  static constexpr bool kCompiled = true;
+#endif
+
   static constexpr AttentionTuning kTuning =
-      attention_tuning(kHeadDim, kQK == ptx::Operand::kS8, kF16Accumulator, kFewRows, kColumnTerms || kGeneral);
-  static constexpr int kRowTiles = kTuning.row_tiles, kThreads = 32 * kTuning.warps, kMinBlocks = kTuning.min_blocks;
+      attention_tuning(kHeadDim, ptx::kIsInteger<kQK>, kF16Accumulator, kFewRows, kColumnTerms || kGeneral);
+  static constexpr int kRowTiles = kTuning.row_tiles, kThreads = 32 * kTuning.warps;
   static constexpr int kBlockM = kTuning.block_q(), kBlockN = kTuning.block_k, kStages = kTuning.stages;
   static constexpr bool kQInRegisters = kTuning.q_in_registers;
-  static constexpr int kQKBytes = kQK == ptx::Operand::kS8 ? 1 : 2;
-  static constexpr int kQKRow = kHeadDim * kQKBytes, kVRow = kHeadDim * 2;  // bytes
-  static constexpr int kQBytes = kBlockM * kQKRow, kKBytes = kBlockN * kQKRow, kVBytes = kBlockN * kVRow;
+  static constexpr int kQKBytes = ptx::kIsInteger<kQK> ? 1 : 2;                                 // INT4: of a pair
+  static constexpr int kQKRow = kQK == ptx::Operand::kS4 ? kHeadDim / 2 : kHeadDim * kQKBytes;  // bytes
+  static constexpr int kVElementBytes = kFp8 ? 1 : 2, kVRow = kFp8 ? kBlockN : kHeadDim * 2;
+  static constexpr int kVRows = kFp8 ? kHeadDim : kBlockN;  // of a tile
+  static constexpr int kQBytes = kBlockM * kQKRow, kKBytes = kBlockN * kQKRow, kVBytes = kVRows * kVRow;
   static constexpr int kSharedBytes = kQBytes + kStages * (kKBytes + kVBytes);
+  // Of FP8 two: GPUs that have its tensor cores have 99 KiB of shared memory, and nothing is spilled.
+  static constexpr int kMinBlocks = kFp8 && kTuning.min_blocks > 2 ? 2 : kTuning.min_blocks;
   // The kept maximum moves only when a score exceeds it by this much (base 2): P stays below 2^kHeadroom, O is
   // rarely rescaled. Sums in f16 have no room for it.
   static constexpr float kHeadroom = kF16Accumulator ? 0.0f : 8.0f;
   // P is also scaled by 2^-kShift, where its type has the range for it: bf16 V go up to 3e38, and their sums must not
   // overflow.
   static constexpr float kShift = kPV == ptx::Operand::kBF16 ? 32.0f : 0.0f;
-  static_assert(kQKRow >= 64, "the swizzle needs rows of at least 64 bytes");
+  static_assert(kQKRow >= 32, "the swizzle needs rows of at least 32 bytes");
+  static_assert(!kFp8 || kColumnTerms, "codes have column terms");
   static_assert(kBlockN == kMaskTileKeys, "tiles of masks are those of keys");
 };
 
@@ -116,7 +129,7 @@ struct AttentionConfig {
 
 template <int kRowBytes>
 __device__ __forceinline__ uint32_t swizzle(int row) {
-  return kRowBytes >= 128 ? row & 7 : (row >> 1) & 3;
+  return kRowBytes >= 128 ? row & 7 : kRowBytes >= 64 ? (row >> 1) & 3 : (row >> 2) & 1;
 }
 
 template <int kRowBytes>
@@ -150,7 +163,7 @@ struct TileLoader {
 
   // Rows are kStep apart, so the swizzle changes by a constant.
   static __device__ __forceinline__ uint32_t address(uint32_t to, uint32_t stage, int i) {
-    const uint32_t change = kRowBytes >= 128 ? i * kStep & 7 : (i * kStep >> 1) & 3;
+    const uint32_t change = swizzle<kRowBytes>(i * kStep);
     return (to ^ change << 4) + stage + i * kStep * kRowBytes;
   }
 
@@ -225,8 +238,32 @@ __device__ __forceinline__ int forgotten(int x) {
   return x;
 }
 
+// Bit 7 of every byte of FP8 codes that stands for a value that is not finite.
+__device__ __forceinline__ uint32_t special_codes(uint32_t codes) {
+  const uint32_t low = codes & 0x7f7f7f7fu, largest = low + 0x01010101u, zero = ~(low + 0x7f7f7f7fu);
+  return (largest | (zero & codes)) & 0x80808080u;
+}
+
+__device__ __forceinline__ float special_value(uint8_t code) {
+  return code == kInfinityCode ? INFINITY : code == kMinusInfinityCode ? -INFINITY : float_of(0x7fc00000u);
+}
+
+// The halves or bytes of a word of V's tile that are not finite, as ones.
+template <class C>
+__device__ __forceinline__ uint32_t not_finite_bits(uint32_t word) {
+  if constexpr (C::kFp8) return (special_codes(word) >> 7) * 255u;
+  constexpr uint32_t kExponent = C::kPV == ptx::Operand::kF16 ? 0x7c00u : 0x7f80u;
+  return ((word & kExponent) == kExponent ? 0x0000ffffu : 0) |
+         ((word >> 16 & kExponent) == kExponent ? 0xffff0000u : 0);
+}
+
 template <class C>
 __device__ __forceinline__ float value_at(const uint8_t* v_tile, int key, int channel) {
+  if constexpr (C::kFp8) {  // only those that are not finite count
+    const int place = key % 8 / 2 * 4 + key % 16 / 8 * 2 + key % 2;
+    const uint8_t code = v_tile[chunk_offset<C::kVRow>(channel, key / 16) + place];
+    return special_codes(code) != 0 ? special_value(code) : 0.0f;
+  }
   const uint32_t offset = chunk_offset<C::kVRow>(key, channel / 8) + channel % 8 * 2;
   if constexpr (C::kPV == ptx::Operand::kF16) return __half2float(*reinterpret_cast<const __half*>(v_tile + offset));
   return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(v_tile + offset));
@@ -239,12 +276,10 @@ template <class C, class Visible>
 __device__ __forceinline__ void isolate_values(uint8_t* v_tile, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
                                                Visible visible) {
   constexpr int kWords = C::kVBytes / 4;
-  const uint32_t exponent = C::kPV == ptx::Operand::kF16 ? 0x7c00u : 0x7f80u;
   auto* words = reinterpret_cast<uint32_t*>(v_tile);
   bool found = false;
   for (int i = threadIdx.x; i < kWords; i += C::kThreads) {
-    const uint32_t word = words[i];
-    found |= (word & exponent) == exponent || (word >> 16 & exponent) == exponent;
+    found |= not_finite_bits<C>(words[i]) != 0;
   }
   if (!__syncthreads_or(found)) return;
 
@@ -272,10 +307,7 @@ __device__ __forceinline__ void isolate_values(uint8_t* v_tile, float (&o)[C::kR
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kWords; i += C::kThreads) {
-    uint32_t word = words[i];
-    if ((word & exponent) == exponent) word &= 0xffff0000u;
-    if ((word >> 16 & exponent) == exponent) word &= 0x0000ffffu;
-    words[i] = word;
+    words[i] &= ~not_finite_bits<C>(words[i]);
   }
   __syncthreads();
 }
@@ -301,7 +333,7 @@ __device__ __forceinline__ void multiply_qk(Accumulator (&s)[C::kRowTiles][C::kB
   const uint32_t k_lane = k_tile + chunk_offset<C::kQKRow>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   Accumulator start[4];
 #pragma unroll
-  for (int e = 0; e < 4; e++) start[e] = C::kQK == ptx::Operand::kS8 ? kBiasBits : 0;
+  for (int e = 0; e < 4; e++) start[e] = ptx::kIsInteger<C::kQK> ? kBiasBits : 0;
 #pragma unroll
   for (int step = 0; step < C::kQKRow / 32; step++) {
     uint32_t a[C::kRowTiles][4];
@@ -361,8 +393,8 @@ __device__ __forceinline__ void multiply_pv_f16(float (&o)[C::kRowTiles][C::kHea
       ptx::load_matrices_transposed(b, (v_lane ^ (n << 5)) + step * 16 * C::kVRow);
 #pragma unroll
       for (int t = 0; t < C::kRowTiles; t++) {
-        ptx::mma_f16(part[t][0], p[step][t], b[0], b[1]);
-        ptx::mma_f16(part[t][1], p[step][t], b[2], b[3]);
+        ptx::mma_f16<C::kPV>(part[t][0], p[step][t], b[0], b[1]);
+        ptx::mma_f16<C::kPV>(part[t][1], p[step][t], b[2], b[3]);
       }
     }
 #pragma unroll
@@ -375,6 +407,41 @@ __device__ __forceinline__ void multiply_pv_f16(float (&o)[C::kRowTiles][C::kHea
           o[t][2 * n + half][2 * row] += pair.x;
           o[t][2 * n + half][2 * row + 1] += pair.y;
         }
+  }
+}
+
+// A whole tile of FP8 codes, summed apart and then added to O: those tensor cores keep about 13 bits of mantissa.
+template <class C>
+__device__ __forceinline__ void multiply_pv_fp8(float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
+                                                const uint32_t (&p)[C::kBlockN / 32][C::kRowTiles][4],
+                                                uint32_t v_tile) {
+  static_assert(C::kBlockN == 64, "one load brings the keys of two products");
+  const int lane = threadIdx.x % 32;
+  const uint32_t v_lane = v_tile + chunk_offset<C::kVRow>(lane % 8, lane / 8);
+#pragma unroll
+  for (int n = 0; n < C::kHeadDim / 8; n++) {
+    uint32_t b[4];
+    ptx::load_matrices(b, v_lane + n * 8 * C::kVRow);
+#pragma unroll
+    for (int t = 0; t < C::kRowTiles; t++) {
+      float part[4] = {};
+      if constexpr (C::kF16Accumulator) {
+        uint32_t pairs[2] = {};
+        ptx::mma_f16<C::kPV>(pairs, p[0][t], b[0], b[1]);
+        ptx::mma_f16<C::kPV>(pairs, p[1][t], b[2], b[3]);
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+          const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&pairs[row]));
+          part[2 * row] = pair.x;
+          part[2 * row + 1] = pair.y;
+        }
+      } else {
+        ptx::mma<C::kPV>(part, p[0][t], b[0], b[1], part);
+        ptx::mma<C::kPV>(part, p[1][t], b[2], b[3], part);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[t][n][e] += part[e];
+    }
   }
 }
 
@@ -471,8 +538,9 @@ __device__ __forceinline__ void change_scores(const AttentionParams& p, EachScor
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     attention_kernel(const __grid_constant__ AttentionParams p) {
+  if (!C::kCompiled) return;  // and never launched
   constexpr int kRowTiles = C::kRowTiles, kNTiles = C::kBlockN / 8, kDTiles = C::kHeadDim / 8;
-  constexpr bool kQuantized = C::kQK == ptx::Operand::kS8;
+  constexpr bool kQuantized = ptx::kIsInteger<C::kQK>;
   using Score = std::conditional_t<kQuantized, int32_t, float>;
 
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -517,16 +585,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 
   const char* const q_plane = p.q.data + (batch * p.q.batch_stride + head * p.q.head_stride) * C::kQKBytes;
   const char* const k_plane = p.k.data + (batch * p.k.batch_stride + kv_head * p.k.head_stride) * C::kQKBytes;
-  const char* const v_plane = p.v.data + (batch * p.v.batch_stride + kv_head * p.v.head_stride) * 2;
+  const char* const v_plane = p.v.data + (batch * p.v.batch_stride + kv_head * p.v.head_stride) * C::kVElementBytes;
   TileLoader<C::kBlockN, C::kQKRow, C::kQKBytes, C::kThreads, C::kStages, kStageBytes> k_loader(
       p.k, k_plane, static_cast<int64_t>(tile) * C::kBlockN, first_stage);
-  TileLoader<C::kBlockN, C::kVRow, 2, C::kThreads, C::kStages, kStageBytes> v_loader(
-      p.v, v_plane, static_cast<int64_t>(tile) * C::kBlockN, first_stage + C::kKBytes);
+  TileLoader<C::kVRows, C::kVRow, C::kVElementBytes, C::kThreads, C::kStages, kStageBytes> v_loader(
+      p.v, v_plane, static_cast<int64_t>(tile) * C::kVRows, first_stage + C::kKBytes);
   if (tile >= 0) {  // only the first tile that is visited can be cut short
     TileLoader<C::kBlockM, C::kQKRow, C::kQKBytes, C::kThreads> q_loader(p.q, q_plane, row0, q_tile);
     q_loader.template load<false>(p.q, 0, p.q_tokens - row0);
     k_loader.template load<false>(p.k, 0, p.k_tokens - tile * C::kBlockN);
-    if (C::kStages > 1) v_loader.template load<false>(p.v, 0, p.k_tokens - tile * C::kBlockN);
+    if (C::kStages > 1) v_loader.template load<C::kFp8>(p.v, 0, p.k_tokens - tile * C::kBlockN);
     ptx::copy_async_commit();
   }
   uint32_t stage = 0;
@@ -631,7 +699,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         v_loader.template load<true>(p.v, stage, C::kBlockN);
       }
     } else {
-      v_loader.template load<!kMasked>(p.v, 0, p.k_tokens - key0);
+      v_loader.template load<!kMasked || C::kFp8>(p.v, 0, p.k_tokens - key0);
       v_loader.go_back(tile - next);
     }
     ptx::copy_async_commit();
@@ -814,7 +882,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 
     // Then P, 16 keys at a time, so that exponentials overlap the products of the keys before.
     constexpr int kSteps = C::kBlockN / 16;
-    uint32_t probabilities[kSteps][kRowTiles][4];
+    uint32_t probabilities[C::kFp8 ? kSteps / 2 : kSteps][kRowTiles][4];
     const auto exponentiate = [&](int step) {
 #pragma unroll
       for (int t = 0; t < kRowTiles; t++) {
@@ -833,9 +901,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
           }
 #pragma unroll
           for (int half = 0; half < 2; half++) {
-            uint32_t pair = pack<C::kPV>(e[2 * half], e[2 * half + 1]);
-            if constexpr (C::kColumnTerms) pair = round_codes(pair, p);
-            probabilities[step][t][2 * n + half] = pair;
+            if constexpr (C::kFp8) {
+              const uint32_t pair = ptx::pack_e4m3(e[2 * half], e[2 * half + 1]);
+              uint32_t& word = probabilities[step / 2][t][step % 2 * 2 + half];
+              word = n == 0 ? pair : word | pair << 16;
+            } else {
+              uint32_t pair = pack<C::kPV>(e[2 * half], e[2 * half + 1]);
+              if constexpr (C::kColumnTerms) pair = round_codes(pair, p);
+              probabilities[step][t][2 * n + half] = pair;
+            }
           }
         }
       }
@@ -844,9 +918,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 #pragma unroll
     for (int step = 0; step < kSteps; step++) {
       if (step + 1 < kSteps) exponentiate(step + 1);
-      if constexpr (!C::kF16Accumulator) multiply_pv<C>(o, probabilities[step], v_tile, step);
+      if constexpr (!C::kF16Accumulator && !C::kFp8) multiply_pv<C>(o, probabilities[step], v_tile, step);
     }
-    if constexpr (C::kF16Accumulator) multiply_pv_f16<C>(o, probabilities, v_tile);
+    if constexpr (C::kFp8)
+      multiply_pv_fp8<C>(o, probabilities, v_tile);
+    else if constexpr (C::kF16Accumulator)
+      multiply_pv_f16<C>(o, probabilities, v_tile);
   };
   // What else takes the longer way than the edges of what rows see; known one tile ahead.
   const auto find_obstacles = [&](int tile) {
@@ -981,6 +1058,26 @@ void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool c
     }
   }
   launch(kNo, kNo, kYes);
+}
+
+// Products of codes by FP8 or INT4 tensor cores; where scores may be masked by those of FP8 alone.
+template <int kHeadDim, bool kGeneral>
+void launch_codes_for(const AttentionParams& params, bool int4, bool fp8, bool f16_accumulator, int64_t planes,
+                      cudaStream_t stream) {
+  using ptx::Operand;
+  const auto launch = [&](auto qk, auto pv, auto accumulator) {
+    constexpr Operand kQK = decltype(qk)::value, kPV = decltype(pv)::value;
+    launch_attention<AttentionConfig<kHeadDim, kQK, kPV, decltype(accumulator)::value, true, true, kGeneral>>(
+        params, planes, stream);
+  };
+  constexpr std::integral_constant<Operand, Operand::kS8> kInt8;
+  constexpr std::integral_constant<Operand, Operand::kE4M3> kE4M3;
+  if constexpr (!kGeneral) {
+    constexpr std::integral_constant<Operand, Operand::kS4> kInt4;
+    constexpr std::integral_constant<Operand, Operand::kF16> kF16;
+    if (int4) return fp8 ? launch(kInt4, kE4M3, std::false_type{}) : launch(kInt4, kF16, std::false_type{});
+  }
+  f16_accumulator ? launch(kInt8, kE4M3, std::true_type{}) : launch(kInt8, kE4M3, std::false_type{});
 }
 
 }  // namespace sage::cuda

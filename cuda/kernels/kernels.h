@@ -37,6 +37,13 @@ size_t values_scratch_bytes(const View& v);
 void launch_values(const View& v, const View& mean, DType codes, float range, const View& v16, const View& scales,
                    uint32_t* not_finite, void* scratch, cudaStream_t stream);
 
+// ---- tile_values.cu: codes of V as FP8 products take them -----------------------------------------------------
+// v: FP8 codes, or the FP16 numbers that they are, [B, H, N, D]. tiles [B, H, ceil(N / 64) * D', 64]: of every 64 keys
+// a row for each channel, up to D' and to whole tiles zeros. In 16 keys those with one lane's scores come together: 0,
+// 1, 8, 9, 2, 3, 10, 11, ... FP16 numbers that are not finite become codes that no finite one has.
+constexpr uint8_t kInfinityCode = 0xff, kMinusInfinityCode = 0x80, kNotANumberCode = 0x7f;
+void launch_tile_values(const View& v, const View& tiles, cudaStream_t stream);
+
 // ---- masks.cu: which tiles of a mask need to be looked at -------------------------------------------------
 enum class TileState : uint8_t { kClosed, kOpen, kAdds, kHides };  // kAdds: numbers, but all keys are visible
 
@@ -55,14 +62,14 @@ void launch_decode(const AttentionOp& op, void* workspace, cudaStream_t stream);
 // Quantized operands in the kernel's own layout, made by stream.cu with the launchers above.
 struct SageOp {
   View q_raw, k_raw;  // what the codes were made of; absent where nobody knows
-  View q, k;          // INT8, channels padded with zeros to plan.padded_head_dim
+  View q, k;          // INT8 (plan.int4_products: pairs in bytes), channels padded with zeros to plan.padded_head_dim
   const uint32_t* q_not_finite;
   const uint32_t* k_not_finite;
   const uint32_t* v_not_finite;  // or null: that of V where P is rounded, so that it may be 0
   View q_scales, k_scales;       // f32 [B, H, groups, 1]
   View delta;  // absent, or f32 [B, Hq, ceil(Nq / delta_rows), Nk]: (rows subtracted from Q) . K^T, not yet times scale
   int64_t delta_rows;
-  View v;                 // f16: numbers, or codes of INT8 or FP8
+  View v;                 // f16: numbers, or codes of INT8 or FP8; plan.fp8_products: tiles of launch_tile_values
   DType v_dtype;          // of V as it was given
   View v_scales, v_mean;  // f32 [B, H, 1, Dv] or absent
   View o, lse;

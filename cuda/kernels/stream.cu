@@ -43,6 +43,15 @@ View without_padding(View view, int64_t channels) {
   return view;
 }
 
+// INT4 codes as the bytes that hold pairs of them; others as they are.
+View in_bytes(View view) {
+  if (view.dtype != DType::kI4) return view;
+  view.dtype = DType::kI8;
+  view.shape[3] /= 2;
+  for (int i = 0; i < 3; i++) view.stride[i] /= 2;
+  return view;
+}
+
 // Rows that the attention kernels can copy 16 bytes at a time.
 bool has_aligned_rows(const View& codes) {
   for (int i = 0; i < 3; i++) {
@@ -461,6 +470,14 @@ class CudaStream final : public Stream {
     run.v = v16;
   }
 
+  // FP16 numbers that are codes, as FP8 products take them.
+  View tile_values(const View& v, const Plan& plan, void* to, cudaStream_t stream) {
+    const int64_t k_tiles = (v.tokens() + plan.block_k - 1) / plan.block_k;
+    const View tiles = dense(to, DType::kE4M3, v.batch(), v.heads(), k_tiles * plan.padded_head_dim, plan.block_k);
+    launch_tile_values(v, tiles, stream);
+    return tiles;
+  }
+
   // Every kernel that quantizes but sage2 on sm_90a.
   void run_sage(const AttentionOp& op, const SageWorkspace& layout, const Lane& lane, Stages& stages) {
     const Plan& plan = op.plan;
@@ -485,16 +502,19 @@ class CudaStream final : public Stream {
     SageOp run{};
     run.q_raw = op.q;
     run.k_raw = op.k;
-    run.q = dense(lane.at(layout.q_codes), DType::kI8, batch, q_heads, nq, plan.padded_head_dim);
-    run.k = dense(lane.at(layout.k_codes), DType::kI8, batch, k_heads, nk, plan.padded_head_dim);
+    const DType codes = plan.int4_products ? DType::kI4 : DType::kI8;
+    const View q_codes = dense(lane.at(layout.q_codes), codes, batch, q_heads, nq, plan.padded_head_dim);
+    const View k_codes = dense(lane.at(layout.k_codes), codes, batch, k_heads, nk, plan.padded_head_dim);
+    run.q = in_bytes(q_codes);
+    run.k = in_bytes(k_codes);
     run.q_scales = dense(lane.at(layout.q_scales), DType::kF32, batch, q_heads, layout.q_groups, 1);
     run.k_scales = dense(lane.at(layout.k_scales), DType::kF32, batch, k_heads, layout.k_groups, 1);
     run.q_not_finite = lane.words_at(layout.q_not_finite);
     run.k_not_finite = lane.words_at(layout.k_not_finite);
     stages.begin("quantize");
-    quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, run.q, run.q_scales, plan,
+    quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, q_codes, run.q_scales, plan,
                   lane.words_at(layout.q_not_finite), lane.stream);
-    quantize_rows(op.k, k_mean, nk, plan.k_grouping, plan.k_group_rows, run.k, run.k_scales, plan,
+    quantize_rows(op.k, k_mean, nk, plan.k_grouping, plan.k_group_rows, k_codes, run.k_scales, plan,
                   lane.words_at(layout.k_not_finite), lane.stream);
 
     const ProductOperand keys_less_mean{op.k, {}, Grouping::kToken, 1, k_mean, nk, false};
@@ -522,6 +542,7 @@ class CudaStream final : public Stream {
       convert_values(op.v, v_mean, layout.padded_v_dim, plan, lane.at(layout.v), lane.at(layout.v_scales),
                      lane.at(layout.scratch), run, not_finite, lane.stream);
     }
+    if (plan.fp8_products) run.v = tile_values(run.v, plan, lane.at(layout.v_tiles), lane.stream);
     run.o = op.o;
     run.lse = op.lse;
     run.masking = op.masking;
@@ -624,6 +645,7 @@ class CudaStream final : public Stream {
       convert_values(op.v, {}, layout.padded_v_dim, plan, lane.at(layout.v), lane.at(layout.v_scales),
                      lane.at(layout.scratch), run, nullptr, lane.stream);
     }
+    if (plan.fp8_products) run.v = tile_values(run.v, plan, lane.at(layout.v_tiles), lane.stream);
     run.o = op.o;
     run.lse = op.lse;
     run.masking = op.masking;

@@ -50,6 +50,12 @@ struct MaskWorkspace {
   }
 };
 
+// Bytes of V as FP8 products take it.
+inline int64_t value_tile_bytes(int64_t planes, int64_t tokens, const Plan& plan) {
+  constexpr int64_t kTileKeys = 64;
+  return planes * ((tokens + kTileKeys - 1) / kTileKeys) * kTileKeys * plan.padded_head_dim;
+}
+
 // Offsets for flash: masks alone.
 struct FlashWorkspace {
   Carver carver;
@@ -61,13 +67,14 @@ struct FlashWorkspace {
 // Offsets for kernels that quantize f32, f16 or bf16 tensors; what a call does not need takes no room.
 struct SageWorkspace {
   size_t q_mean, k_mean, v_mean;      // f32
-  size_t q_codes, k_codes;            // INT8 [B, H, N, padded_head_dim]
+  size_t q_codes, k_codes;            // INT8, or INT4 where there are such products, [B, H, N, padded_head_dim]
   size_t q_scales, k_scales;          // f32 [B, H, groups, 1]
   size_t q_not_finite, k_not_finite;  // words of 32 rows
   size_t v_not_finite;                // the same, where V is codes
   size_t delta;                       // f32 [B, Hq, ceil(Nq / 128), Nk]
   size_t lse_shift;                   // f32 [B, Hq, Nq, 1]
   size_t v, v_scales;                 // f16 [B, Hkv, Nk, padded_v_dim], f32 [B, Hkv, 1, Dv]
+  size_t v_tiles;                     // of launch_tile_values
   size_t mask_tiles, mask_bits;       // as in MaskTiles
   size_t scratch;                     // of one step at a time
   size_t bytes;                       // of all
@@ -87,8 +94,9 @@ struct SageWorkspace {
     q_mean = carver.take_if(plan.smooth_q, q_planes * q_means * d, 4);
     k_mean = carver.take_if(plan.smooth_k, k_planes * d, 4);
     v_mean = carver.take_if(plan.smooth_v, k_planes * dv, 4);
-    q_codes = carver.take(q_planes * nq * plan.padded_head_dim, 1);
-    k_codes = carver.take(k_planes * nk * plan.padded_head_dim, 1);
+    const int64_t row_bytes = plan.int4_products ? plan.padded_head_dim / 2 : plan.padded_head_dim;
+    q_codes = carver.take(q_planes * nq * row_bytes, 1);
+    k_codes = carver.take(k_planes * nk * row_bytes, 1);
     q_scales = carver.take(q_planes * q_groups, 4);
     k_scales = carver.take(k_planes * k_groups, 4);
     q_not_finite = carver.take(q_planes * ((nq + 31) / 32), 4);
@@ -98,6 +106,7 @@ struct SageWorkspace {
     lse_shift = carver.take_if(plan.smooth_k, q_planes * nq, 4);
     v = carver.take_if(convert_v, k_planes * nk * padded_v_dim, 2);
     v_scales = carver.take_if(convert_v, k_planes * dv, 4);
+    v_tiles = carver.take_if(plan.fp8_products, value_tile_bytes(k_planes, nk, plan), 1);
     const MaskWorkspace mask(shape.masking.mask, plan.block_q, carver);
     mask_tiles = mask.tiles;
     mask_bits = mask.bits;
@@ -122,7 +131,7 @@ struct QuantizedNeeds {
 // Offsets for kernels on codes.
 struct QuantizedWorkspace {
   size_t q_codes, k_codes, q_scales, k_scales, q_not_finite, k_not_finite;  // as in SageWorkspace
-  size_t delta, lse_shift, v, v_scales, v_mean, scratch, bytes;
+  size_t delta, lse_shift, v, v_scales, v_mean, v_tiles, scratch, bytes;
   int64_t deltas, q_groups, k_groups, padded_v_dim;
 
   QuantizedWorkspace(const AttentionShape& shape, const Plan& plan, const QuantizedNeeds& needs) {
@@ -145,6 +154,7 @@ struct QuantizedWorkspace {
     v = carver.take_if(needs.convert_v, k_planes * nk * padded_v_dim, 2);
     v_scales = carver.take_if(needs.convert_v || needs.pack_v_scales, k_planes * dv, 4);
     v_mean = carver.take_if(needs.pack_v_mean, k_planes * dv, 4);
+    v_tiles = carver.take_if(plan.fp8_products, value_tile_bytes(k_planes, nk, plan), 1);
     scratch = carver.take_if(needs.convert_v, static_cast<int64_t>(column_scratch_bytes(k_planes, dv)), 1);
     bytes = carver.bytes();
   }
