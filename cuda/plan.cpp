@@ -138,9 +138,13 @@ int choose_architecture(const DeviceTraits& device, int wanted) {
 Plan plan_attention(const AttentionShape& shape, const sage_attention_options& options, const DeviceTraits& device) {
   Plan plan{};
   plan.kernel = Kernel(options.kernel);
+  const bool beyond = options.rotate == SAGE_ON || options.first_token == SAGE_ON || options.k_mean_rows != 0;
   if (plan.kernel == Kernel::kAuto && !device.cpu && options.band == SAGE_ON) {
     plan.kernel = Kernel::kSage2;
-    plan.reason = "auto: sage2 is the kernel that has the precision band on CUDA devices";
+    plan.reason = "auto: sage2 has the fastest precision band of CUDA devices";
+  } else if (plan.kernel == Kernel::kAuto && !device.cpu && beyond) {
+    plan.kernel = Kernel::kSage1;
+    plan.reason = "auto: sage1 is the most accurate of the quantized kernels, which alone have these options";
   } else if (plan.kernel == Kernel::kAuto) {
     plan.kernel = device.cpu ? cpu_auto_kernel(shape, plan.reason) : cuda_auto_kernel(shape, device, plan.reason);
   } else {

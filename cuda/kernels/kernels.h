@@ -37,12 +37,15 @@ size_t values_scratch_bytes(const View& v);
 void launch_values(const View& v, const View& mean, DType codes, float range, const View& v16, const View& scales,
                    uint32_t* not_finite, void* scratch, cudaStream_t stream);
 
-// ---- tile_values.cu: codes of V as FP8 products take them -----------------------------------------------------
-// v: FP8 codes, or the FP16 numbers that they are, [B, H, N, D]. tiles [B, H, ceil(N / 64) * D', 64]: of every 64 keys
-// a row for each channel, up to D' and to whole tiles zeros. In 16 keys those with one lane's scores come together: 0,
-// 1, 8, 9, 2, 3, 10, 11, ... FP16 numbers that are not finite become codes that no finite one has.
+// ---- tile_values.cu: codes of V in tiles of 64 keys, a row for each channel, zeros beyond ---------------------
+// In 16 keys those with one lane's scores come together: 0, 1, 8, 9, 2, 3, 10, 11, ...
+// v: FP8 codes, or the FP16 numbers that they are, [B, H, N, D]. tiles [B, H, ceil(N / 64) * D', 64] of rows up to D'.
+// FP16 numbers that are not finite become codes that no finite one has.
 constexpr uint8_t kInfinityCode = 0xff, kMinusInfinityCode = 0x80, kNotANumberCode = 0x7f;
-void launch_tile_values(const View& v, const View& tiles, cudaStream_t stream);
+void launch_fp8_tiles(const View& v, const View& tiles, cudaStream_t stream);
+// INT8 codes [B, H, N, Dv] as tiles [B, H, ceil(N / 64), rows, 64]; `not_finite` receives one bit a token, as above,
+// and their codes are 0.
+void launch_int8_tiles(const View& codes, int rows, void* tiles, uint32_t* not_finite, cudaStream_t stream);
 
 // ---- masks.cu: which tiles of a mask need to be looked at -------------------------------------------------
 enum class TileState : uint8_t { kClosed, kOpen, kAdds, kHides };  // kAdds: numbers, but all keys are visible
@@ -69,7 +72,7 @@ struct SageOp {
   View q_scales, k_scales;       // f32 [B, H, groups, 1]
   View delta;  // absent, or f32 [B, Hq, ceil(Nq / delta_rows), Nk]: (rows subtracted from Q) . K^T, not yet times scale
   int64_t delta_rows;
-  View v;                 // f16: numbers, or codes of INT8 or FP8; plan.fp8_products: tiles of launch_tile_values
+  View v;                 // f16: numbers, or codes of INT8 or FP8; or tiles: plan.fp8_products, sage-int8
   DType v_dtype;          // of V as it was given
   View v_scales, v_mean;  // f32 [B, H, 1, Dv] or absent
   View o, lse;
@@ -77,8 +80,12 @@ struct SageOp {
   Masking masking;
   MaskTiles mask_tiles;  // where there is a mask
   bool causal;           // masking.after == 0
-  float scale;
+  float scale;           // of codes
   Plan plan;
+  // Beyond the papers, and for kernel sage-int8:
+  View v_raw;         // V as it was given: numbers, or INT8 codes
+  View first_scores;  // absent, or f32 [B, Hq, Nq, 1]: scale * q . (first key), which is then apart from the others
+  View k_mean;        // f32 [B, Hkv, means, D], where the plan has a band or means of tiles of keys
 };
 void launch_sage(const SageOp& op, cudaStream_t stream);
 

@@ -50,7 +50,7 @@ struct MaskWorkspace {
   }
 };
 
-// Bytes of V as FP8 products take it.
+// Bytes of V in tiles of codes.
 inline int64_t value_tile_bytes(int64_t planes, int64_t tokens, const Plan& plan) {
   constexpr int64_t kTileKeys = 64;
   return planes * ((tokens + kTileKeys - 1) / kTileKeys) * kTileKeys * plan.padded_head_dim;
@@ -73,18 +73,21 @@ struct SageWorkspace {
   size_t v_not_finite;                // the same, where V is codes
   size_t delta;                       // f32 [B, Hq, ceil(Nq / 128), Nk]
   size_t lse_shift;                   // f32 [B, Hq, Nq, 1]
-  size_t v, v_scales;                 // f16 [B, Hkv, Nk, padded_v_dim], f32 [B, Hkv, 1, Dv]
-  size_t v_tiles;                     // of launch_tile_values
+  size_t v, v_scales;                 // f16 [B, Hkv, Nk, padded_v_dim] or tiles of INT8 codes, f32 [B, Hkv, 1, Dv]
+  size_t v_codes;                     // INT8 [B, Hkv, Nk, padded_v_dim], before they are tiles
+  size_t v_tiles;                     // of FP8 codes
+  size_t first_scores;                // f32 [B, Hq, Nq, 1]
   size_t mask_tiles, mask_bits;       // as in MaskTiles
   size_t scratch;                     // of one step at a time
   size_t bytes;                       // of all
   bool convert_v;                     // else V is used as it is
-  int64_t q_means, q_groups, k_groups, padded_v_dim;
+  int64_t q_means, k_means, q_groups, k_groups, padded_v_dim;
 
   SageWorkspace(const AttentionShape& shape, const Plan& plan) {
     const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
     const int64_t nq = shape.q_tokens, nk = shape.k_tokens, d = shape.head_dim, dv = shape.v_dim;
     q_means = (nq + kQueryMeanRows - 1) / kQueryMeanRows;
+    k_means = (nk + plan.k_mean_rows - 1) / plan.k_mean_rows;
     q_groups = group_count(plan.q_grouping, nq, plan.q_group_rows);
     k_groups = group_count(plan.k_grouping, nk, plan.k_group_rows);
     padded_v_dim = (dv + 7) / 8 * 8;
@@ -92,7 +95,7 @@ struct SageWorkspace {
 
     Carver carver;
     q_mean = carver.take_if(plan.smooth_q, q_planes * q_means * d, 4);
-    k_mean = carver.take_if(plan.smooth_k, k_planes * d, 4);
+    k_mean = carver.take_if(plan.smooth_k, k_planes * k_means * d, 4);
     v_mean = carver.take_if(plan.smooth_v, k_planes * dv, 4);
     const int64_t row_bytes = plan.int4_products ? plan.padded_head_dim / 2 : plan.padded_head_dim;
     q_codes = carver.take(q_planes * nq * row_bytes, 1);
@@ -104,16 +107,20 @@ struct SageWorkspace {
     v_not_finite = carver.take_if(plan.kernel != Kernel::kSage1, k_planes * ((nk + 31) / 32), 4);
     delta = carver.take_if(plan.smooth_q, q_planes * q_means * nk, 4);
     lse_shift = carver.take_if(plan.smooth_k, q_planes * nq, 4);
-    v = carver.take_if(convert_v, k_planes * nk * padded_v_dim, 2);
+    const bool tiles = plan.kernel == Kernel::kSageInt8;
+    v = tiles ? carver.take(value_tile_bytes(k_planes, nk, plan), 1)
+              : carver.take_if(convert_v, k_planes * nk * padded_v_dim, 2);
+    v_codes = carver.take_if(tiles, k_planes * nk * padded_v_dim, 1);
     v_scales = carver.take_if(convert_v, k_planes * dv, 4);
     v_tiles = carver.take_if(plan.fp8_products, value_tile_bytes(k_planes, nk, plan), 1);
+    first_scores = carver.take_if(plan.first_token, q_planes * nq, 4);
     const MaskWorkspace mask(shape.masking.mask, plan.block_q, carver);
     mask_tiles = mask.tiles;
     mask_bits = mask.bits;
 
     size_t step = 0;
     const auto at_least = [&](bool needed, size_t more) { step = needed && more > step ? more : step; };
-    at_least(plan.smooth_k, mean_scratch_bytes(k_planes, nk, d, nk));
+    at_least(plan.smooth_k, mean_scratch_bytes(k_planes, nk, d, plan.k_mean_rows));
     at_least(plan.smooth_v, mean_scratch_bytes(k_planes, nk, dv, nk));
     at_least(convert_v, column_scratch_bytes(k_planes, dv));
     scratch = carver.take(static_cast<int64_t>(step), 1);
@@ -131,7 +138,7 @@ struct QuantizedNeeds {
 // Offsets for kernels on codes.
 struct QuantizedWorkspace {
   size_t q_codes, k_codes, q_scales, k_scales, q_not_finite, k_not_finite;  // as in SageWorkspace
-  size_t delta, lse_shift, v, v_scales, v_mean, v_tiles, scratch, bytes;
+  size_t v_not_finite, delta, lse_shift, v, v_scales, v_mean, v_tiles, scratch, bytes;
   int64_t deltas, q_groups, k_groups, padded_v_dim;
 
   QuantizedWorkspace(const AttentionShape& shape, const Plan& plan, const QuantizedNeeds& needs) {
@@ -149,9 +156,12 @@ struct QuantizedWorkspace {
     k_scales = carver.take_if(needs.pack_k_scales, k_planes * k_groups, 4);
     q_not_finite = carver.take(q_planes * ((nq + 31) / 32), 4);
     k_not_finite = carver.take(k_planes * ((nk + 31) / 32), 4);
+    const bool tiles = plan.kernel == Kernel::kSageInt8;
+    v_not_finite = carver.take_if(tiles, k_planes * ((nk + 31) / 32), 4);
     delta = carver.take_if(needs.delta, q_planes * deltas * nk, 4);
     lse_shift = carver.take_if(needs.lse_shift, q_planes * nq, 4);
-    v = carver.take_if(needs.convert_v, k_planes * nk * padded_v_dim, 2);
+    v = tiles ? carver.take(value_tile_bytes(k_planes, nk, plan), 1)
+              : carver.take_if(needs.convert_v, k_planes * nk * padded_v_dim, 2);
     v_scales = carver.take_if(needs.convert_v || needs.pack_v_scales, k_planes * dv, 4);
     v_mean = carver.take_if(needs.pack_v_mean, k_planes * dv, 4);
     v_tiles = carver.take_if(plan.fp8_products, value_tile_bytes(k_planes, nk, plan), 1);
