@@ -64,7 +64,8 @@ std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) 
 // Whether flash or sage1 runs on sm_90a's own kernel: boxes of Q, K and V, and what sage1's scales allow.
 bool suits_hopper_f16(const AttentionShape& shape, const Plan& plan) {
   const int64_t items = shape.batch * shape.q_heads * ((shape.q_tokens + 127) / 128);
-  if (items >= int64_t{1} << 30 || !has_plain_mask(shape) || bits_per_element(shape.dtype) < 16) return false;
+  if (items >= int64_t{1} << 30 || shape.q_tokens + shape.k_tokens >= cuda::sm90::kMostF16Tokens) return false;
+  if (cuda::is_general(shape.masking) || bits_per_element(shape.dtype) < 16) return false;
   if (plan.kernel == Kernel::kFlash) return shape.dtype != DType::kF32 && shape.boxes;
   const bool converts_v = shape.dtype != DType::kF16 || plan.smooth_v;
   const bool groups = plan.k_grouping != Grouping::kToken && plan.k_group_rows == 64;
@@ -105,8 +106,8 @@ void choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& devic
 }
 
 void set_hopper_f16(const AttentionShape& shape, Plan& plan) {
-  const cuda::sm90::F16Tiles tiles =
-      cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1, shape.causal, shape.q_tokens);
+  const cuda::sm90::F16Tiles tiles = cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1,
+                                                           cuda::sm90::f16_mask(shape.masking), shape.q_tokens);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = tiles.block_q;
@@ -152,7 +153,8 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
   } else if (is_hopper(device) && suits_hopper_f16(shape, plan)) {
     return set_hopper_f16(shape, plan);
   } else if (is_hopper(device)) {
-    std::string obstacle = has_plain_mask(shape) ? not_for_hopper_beyond(shape, plan) : "keys or scores are masked";
+    std::string obstacle =
+        cuda::is_general(shape.masking) ? "keys or scores are masked" : not_for_hopper_beyond(shape, plan);
     if (obstacle.empty() && plan.band) obstacle = "only sage2 and sage2-int4 have another band";
     if (!obstacle.empty()) plan.reason += "; by the portable kernel, as " + obstacle;
   }
