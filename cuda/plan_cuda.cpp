@@ -51,12 +51,21 @@ std::string not_for_hopper_beyond(const AttentionShape& shape, const Plan& plan)
   return "";
 }
 
-// What keeps a call from sm_90a's own kernel of sage2 and sage2-int4; empty: nothing.
+bool has_hopper_sage2(Kernel kernel) {
+  return kernel == Kernel::kSage2 || kernel == Kernel::kSage2Int4 || kernel == Kernel::kSage2PP;
+}
+
+// What keeps a call from sm_90a's own kernel of sage2, sage2-int4 and sage2++; empty: nothing.
 std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) {
   if (bits_per_element(shape.dtype) < 16) return "operands are codes";
   if (plan.granularity != SAGE_GRANULARITY_THREAD) return "scales are not per thread";
   if (cuda::is_general(shape.masking)) return "keys or scores are masked";
   if (plan.rotate) return "q and k are rotated";
+  if (plan.kernel == Kernel::kSage2PP) {
+    if (plan.smooth_q) return "queries are smoothed";
+    if (plan.p_range != cuda::sm90::kHalfWeightRange) return "P and V have other ranges than 112 and 9";
+    if (plan.band) return "sage2++ has another band";
+  }
   const std::string beyond = not_for_hopper_beyond(shape, plan);
   return beyond.empty() && plan.band ? not_for_hopper_band(shape, plan) : beyond;
 }
@@ -142,7 +151,7 @@ void set_portable(const AttentionShape& shape, const DeviceTraits& device, Plan&
 void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   check_tokens(shape);
   plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
-  const bool hopper_sage2 = is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+  const bool hopper_sage2 = is_hopper(device) && has_hopper_sage2(plan.kernel);
   if (hopper_sage2) {
     const std::string obstacle = not_for_hopper_sage2(shape, plan);
     if (obstacle.empty()) return set_hopper_sage2(shape, plan);

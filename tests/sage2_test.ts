@@ -1,5 +1,5 @@
-// Kernel sage2 in depth, with both exponentials: where its tiles end, where its sums are long, where its numbers
-// are extreme, and whether it gives the same bits twice.
+// Kernels sage2, with both exponentials, and sage2++ in depth: where their tiles end, where their sums are long, where
+// their numbers are extreme, and whether they give the same bits twice.
 import { assert, assertEquals, assertGreater, assertThrows } from "@std/assert";
 import {
   attention,
@@ -32,8 +32,15 @@ import { download, type Lengths, poisoned, randomProblem, uploadProblem } from "
 import { count, type Dims, normal, referenceAttention, uniform } from "./reference.ts";
 
 type Exponential = "exact" | "fast";
+type Variant = Exponential | "sage2++";
 
 const exponentials: readonly Exponential[] = ["exact", "fast"];
+const variants: readonly Variant[] = [...exponentials, "sage2++"];
+
+/** The options that ask for it. */
+function optionsOf(variant: Variant): AttentionOptions {
+  return variant === "sage2++" ? { kernel: variant } : { kernel: "sage2", exponential: variant };
+}
 
 /** Whether a device is there and has kernel sage2. */
 function hasKernel(name: "cpu" | "cuda:0"): boolean {
@@ -68,18 +75,19 @@ function kernelTest(name: string, body: (device: Device) => Promise<void>): void
 }
 
 // Recorded over random shapes, and a third more. `all` and `row` are relative L1, `lse` is a difference.
-const bounds: Record<Exponential, { all: number; row: number; lse: number }> = {
+const bounds: Record<Variant, { all: number; row: number; lse: number }> = {
   exact: { all: 0.049, row: 0.11, lse: 0.031 },
   fast: { all: 0.054, row: 0.11, lse: 0.04 },
+  "sage2++": { all: 0.049, row: 0.11, lse: 0.031 },
 };
 
 /**
  * The log-sum-exp of fast exponentials is that of P as it was coded. On CUDA a maximum is kept until a score exceeds it
  * by 4 (base 2), so the largest P of a row is not exact either, which shows with few keys.
  */
-function boundsOf(device: Device, exponential: Exponential): typeof bounds.exact {
-  const bound = bounds[exponential];
-  const room = device.kind === "cuda" && exponential === "fast" ? 1.5 : 1;
+function boundsOf(device: Device, variant: Variant): typeof bounds.exact {
+  const bound = bounds[variant];
+  const room = device.kind === "cuda" && variant === "fast" ? 1.5 : 1;
   return { ...bound, lse: room * bound.lse };
 }
 
@@ -214,17 +222,17 @@ const shapes: Lengths[] = [
   { queries: 260, keys: 3, channels: 200 },
 ];
 
-for (const exponential of exponentials) {
-  kernelTest(`agrees with float64 where tiles end, ${exponential}`, async (device) => {
+for (const variant of variants) {
+  kernelTest(`agrees with float64 where tiles end, ${variant}`, async (device) => {
     for (const [seed, lengths] of shapes.entries()) {
       const dtype = dtypes[seed % 3], problem = randomProblem(lengths, dtype, seed + 60);
       using tensors = uploadProblem(device, problem, dtype);
       for (const causal of [false, true]) {
         const what = `${dtype} ${nameOf(lengths)}${causal ? " causal" : ""}`;
         const reference = referenceAttention(problem, { causal });
-        const actual = await run(tensors, { causal, exponential });
+        const actual = await run(tensors, { causal, ...optionsOf(variant) });
         assert(actual.out.every(Number.isFinite), `${what}: not finite`);
-        compare(actual, reference, problem.vDims[3], boundsOf(device, exponential), what);
+        compare(actual, reference, problem.vDims[3], boundsOf(device, variant), what);
         const [, , queries, width] = [...problem.qDims.slice(0, 3), problem.vDims[3]];
         const blind = causal ? Math.max(0, queries - problem.kDims[2]) : 0;
         assertEquals(bits(actual.out.slice(0, blind * width)), new Uint32Array(blind * width));
@@ -249,13 +257,13 @@ kernelTest("agrees with float64 on random shapes", async (device) => {
       channels: upTo(256),
       width: upTo(256),
     };
-    const dtype = dtypes[done % 3], exponential = exponentials[Math.floor(next() * 2)];
-    const options = { causal: next() < 0.5, exponential, smoothK: next() < 0.8 };
+    const dtype = dtypes[done % 3], variant = variants[Math.floor(next() * 3)];
+    const options = { causal: next() < 0.5, ...optionsOf(variant), smoothK: next() < 0.8 };
     const problem = randomProblem(lengths, dtype, 2000 + done);
     const what = `${dtype} ${nameOf(lengths)} ${JSON.stringify(options)}`;
     const actual = await solve(device, problem, dtype, options);
     const reference = referenceAttention(problem, options);
-    compare(actual, reference, lengths.width, boundsOf(device, exponential), what);
+    compare(actual, reference, lengths.width, boundsOf(device, variant), what);
   }
   assertGreater(done, 5, "too slow to say anything");
 });
@@ -265,8 +273,8 @@ kernelTest("reads strided tensors, and writes to views alone", async (device) =>
   const problem = randomProblem({ ...lengths, width: 41 }, "f16", 5);
   using dense = uploadProblem(device, problem, "f16");
   using nhd = uploadProblem(device, problem, "f16", "NHD");
-  for (const exponential of exponentials) {
-    const options = { kernel: "sage2", causal: true, exponential } as const;
+  for (const variant of variants) {
+    const options = { causal: true, ...optionsOf(variant) };
     const first = await run(dense, options);
     const moved = await run(nhd, options);
     assertEquals(bits(moved.out), bits(first.out));
@@ -307,8 +315,8 @@ kernelTest("writes every output type from the same sums, and takes scales", asyn
   const problem = randomProblem({ heads: 2, queries: 140, keys: 260, channels: 128 }, "bf16", 8);
   using tensors = uploadProblem(device, problem, "bf16");
   const { q, k, v } = tensors;
-  for (const exponential of exponentials) {
-    const options = { kernel: "sage2", exponential } as const;
+  for (const variant of variants) {
+    const options = optionsOf(variant);
     using single = attention(q, k, v, { ...options, outDtype: "f32" });
     const precise = await download(single);
     for (const outDtype of ["f16", "bf16"] as const) {
@@ -320,7 +328,7 @@ kernelTest("writes every output type from the same sums, and takes scales", asyn
     }
     for (const scale of [0.01, 0.3]) {
       const actual = await run(tensors, { ...options, scale });
-      const bound = { ...bounds[exponential], row: 0.12, lse: 0.095 }; // softmax is sharper
+      const bound = { ...bounds[variant], row: 0.12, lse: 0.095 }; // softmax is sharper
       compare(actual, referenceAttention(problem, { scale }), 128, bound, `scale ${scale}`);
     }
   }
@@ -338,13 +346,41 @@ kernelTest("keeps the mean of V over long contexts", async (device) => {
         const rounded = fromFloat32(problem.v.map((value) => value + 1), "f16");
         problem.v = toFloat32(rounded, "f16");
         const reference = referenceAttention(problem, { causal });
-        for (const exponential of exponentials) {
-          const actual = await solve(device, problem, "f16", { causal, exponential });
-          const what = `${exponential}, D${channels}, ${keys} keys${causal ? ", causal" : ""}`;
+        for (const variant of variants) {
+          const actual = await solve(device, problem, "f16", { causal, ...optionsOf(variant) });
+          const what = `${variant}, D${channels}, ${keys} keys${causal ? ", causal" : ""}`;
           within(relativeL1(actual.out, reference.out), 0.003, `V + 1, ${what}`);
           within(worstDifference(actual.lse, reference.lse), 0.006, `lse, ${what}`);
         }
       }
+    }
+  }
+});
+
+// Weights and values at the upper end of their codes, side by side: sums that FP16 does not hold.
+kernelTest("adds up more than 65504", async (device) => {
+  const keys = 25600 + 300, queries = 70, large = [9000, 9640];
+  for (const channels of device.kind === "cpu" ? [64] : [64, 128, 256]) {
+    const dims: Dims = [1, 1, keys, channels];
+    const problem: FloatProblem = {
+      q: new Float32Array(queries * channels).fill(1),
+      // The last keys come first, and all others have twice their weight.
+      k: Float32Array.from(
+        { length: count(dims) },
+        (_, i) => i < 25600 * channels ? 0.68 / Math.sqrt(channels) : 0,
+      ),
+      v: Float32Array.from({ length: count(dims) }, (_, i) => {
+        const token = Math.floor(i / channels);
+        return token >= large[0] && token < large[1] ? 1 : 0;
+      }),
+      qDims: [1, 1, queries, channels],
+      kDims: dims,
+      vDims: dims,
+    };
+    const reference = referenceAttention(problem, {});
+    for (const variant of variants) {
+      const actual = await solve(device, problem, "f32", { ...optionsOf(variant), smoothK: false });
+      within(relativeL1(actual.out, reference.out), 0.02, `${variant}, D${channels}`);
     }
   }
 });
@@ -362,10 +398,14 @@ kernelTest("follows a maximum that grows with the keys, either way", async (devi
       steep.q = toFloat32(fromFloat32(q, "f16"), "f16");
       for (const causal of [false, true]) {
         const reference = referenceAttention(steep, { causal });
-        for (const exponential of exponentials) {
-          const actual = await solve(device, steep, "f16", { causal, exponential, smoothK: false });
+        for (const variant of variants) {
+          const actual = await solve(device, steep, "f16", {
+            causal,
+            ...optionsOf(variant),
+            smoothK: false,
+          });
           const bound = { all: 0.125, row: 0.31, lse: 0.18 }; // scores far apart have large INT8 steps
-          const what = `${exponential}, ${way}, D${channels}${causal ? ", causal" : ""}`;
+          const what = `${variant}, ${way}, D${channels}${causal ? ", causal" : ""}`;
           compare(actual, reference, channels, bound, what);
         }
       }
@@ -390,11 +430,11 @@ kernelTest("gives the same bits again, with every multiprocessor at work", async
     };
     using tensors = uploadProblem(device, problem, "f16");
     for (const causal of [false, true]) {
-      for (const exponential of exponentials) {
-        const first = await run(tensors, { causal, exponential });
+      for (const variant of variants) {
+        const first = await run(tensors, { causal, ...optionsOf(variant) });
         assert(first.out.every(Number.isFinite));
         for (let i = 0; i < 3; ++i) {
-          const again = await run(tensors, { causal, exponential });
+          const again = await run(tensors, { causal, ...optionsOf(variant) });
           assertEquals(worstDifference(again.out, first.out), 0, `run ${i}, D${channels}`);
           assertEquals(worstDifference(again.lse, first.lse), 0, `lse of run ${i}, D${channels}`);
         }
@@ -422,7 +462,7 @@ kernelTest("keeps values that are not finite where they belong", async (device) 
     for (let row = 0; row < 4 * 150; ++row) clean.q[row * channels + bad] = row % 3 ? 1.5 : -1.5;
     for (const causal of [false, true]) {
       const untouched = await Promise.all(
-        exponentials.map((exponential) => solve(device, clean, "f16", { causal, exponential })),
+        variants.map((variant) => solve(device, clean, "f16", { causal, ...optionsOf(variant) })),
       );
       for (const operand of ["q", "k", "v"] as const) {
         const [last, width] = operand === "q"
@@ -437,10 +477,13 @@ kernelTest("keeps values that are not finite where they belong", async (device) 
             const good = Array.from(reference.out.keys()).filter((i) =>
               Number.isFinite(reference.out[i])
             );
-            for (const [index, exponential] of exponentials.entries()) {
-              const what = `${exponential}, ${value} in ${operand} at ${token}, D${channels}` +
+            for (const [index, variant] of variants.entries()) {
+              const what = `${variant}, ${value} in ${operand} at ${token}, D${channels}` +
                 (causal ? ", causal" : "");
-              const { out, lse } = await solve(device, problem, "f16", { causal, exponential });
+              const { out, lse } = await solve(device, problem, "f16", {
+                causal,
+                ...optionsOf(variant),
+              });
               assertEquals(kinds(out), kinds(reference.out), what);
               assertEquals(
                 Array.from(lse, Number.isFinite),
@@ -449,7 +492,7 @@ kernelTest("keeps values that are not finite where they belong", async (device) 
               );
               within(
                 relativeL1(good.map((i) => out[i]), good.map((i) => reference.out[i])),
-                bounds[exponential].all,
+                bounds[variant].all,
                 `beside ${what}`,
               );
               // Heads of other keys give the same bits.
@@ -486,9 +529,9 @@ kernelTest("bears many values that are not finite at once", async (device) => {
   for (const keyRow of [290, 600 + 297]) problem.k[keyRow * 64] = Infinity; // late: few causal rows see them
   for (const causal of [false, true]) {
     const reference = referenceAttention(problem, { causal });
-    for (const exponential of exponentials) {
-      const { out } = await solve(device, problem, "bf16", { causal, exponential });
-      assertEquals(kinds(out), kinds(reference.out), `${exponential}${causal ? ", causal" : ""}`);
+    for (const variant of variants) {
+      const { out } = await solve(device, problem, "bf16", { causal, ...optionsOf(variant) });
+      assertEquals(kinds(out), kinds(reference.out), `${variant}${causal ? ", causal" : ""}`);
     }
   }
 });
@@ -498,10 +541,10 @@ kernelTest("bears zeros, extremes and tiny and huge scales", async (device) => {
     what: string,
     dtype: FloatDType,
     change: (problem: FloatProblem) => void,
-    optionsOf: (channels: number) => AttentionOptions = () => ({}),
+    extrasOf: (channels: number) => AttentionOptions = () => ({}),
   ) => {
     for (const channels of device.kind === "cpu" ? [64] : [64, 128, 256]) {
-      const options = optionsOf(channels);
+      const options = extrasOf(channels);
       const problem = randomProblem({ heads: 2, queries: 140, keys: 210, channels }, dtype, 41);
       change(problem);
       for (const x of ["q", "k", "v"] as const) {
@@ -511,14 +554,14 @@ kernelTest("bears zeros, extremes and tiny and huge scales", async (device) => {
       for (const causal of [false, true]) {
         const reference = referenceAttention(problem, { ...options, causal });
         const most = reference.out.reduce((a, b) => Math.max(a, Math.abs(b)), 0);
-        for (const exponential of exponentials) {
-          const name = `${what}, ${dtype}, ${exponential}, D${channels}${causal ? ", causal" : ""}`;
-          const actual = await run(tensors, { ...options, causal, exponential });
+        for (const variant of variants) {
+          const name = `${what}, ${dtype}, ${variant}, D${channels}${causal ? ", causal" : ""}`;
+          const actual = await run(tensors, { ...options, causal, ...optionsOf(variant) });
           assert(actual.out.every(Number.isFinite), `${name}: not finite`);
           if (most === 0) {
             assertEquals(actual.out.findIndex((value) => value !== 0), -1, name);
           } else {
-            compare(actual, reference, channels, boundsOf(device, exponential), name);
+            compare(actual, reference, channels, boundsOf(device, variant), name);
           }
         }
       }
@@ -592,7 +635,7 @@ Deno.test({
       const dtype = dtypes[Math.floor(next() * 3)], layout = next() < 0.5 ? "HND" : "NHD";
       const options: AttentionOptions = {
         causal: next() < 0.5,
-        exponential: exponentials[Math.floor(next() * 2)],
+        ...optionsOf(variants[Math.floor(next() * 3)]),
         scale: next() < 0.3 ? 0.05 + next() / 10 : undefined,
       };
       const problem = randomProblem(lengths, dtype, 3000 + done);

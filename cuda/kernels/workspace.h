@@ -228,7 +228,8 @@ struct Sage2Workspace {
 
 // sm_90a has a kernel of its own for these.
 inline bool is_hopper_sage2(const Plan& plan) {
-  return plan.architecture == 90 && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+  return plan.architecture == 90 &&
+         (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4 || plan.kernel == Kernel::kSage2PP);
 }
 
 inline size_t attention_workspace_bytes(const AttentionShape& shape, const Plan& plan) {

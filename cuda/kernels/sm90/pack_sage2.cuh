@@ -62,15 +62,35 @@ __device__ __forceinline__ void add_summary(Summary& summary, const Summary& oth
   summary.missing += other.missing;
 }
 
+// What V's codes may be.
+struct ValueCodes {
+  float range;      // the largest
+  int log2_rms;     // of their root mean square, as near as scales that are powers of two allow
+  float least_rms;  // over the largest magnitude: less would put the latter out of range
+  int log2_power;   // of the largest power of two in range
+
+  __host__ static ValueCodes of(const Plan& plan) {
+    if (plan.kernel == Kernel::kSage2PP) {
+      const bool larger = plan.block_k == 256;
+      return {half_value_range(plan.block_k), larger ? -3 : -2, 0.1575f, larger ? 0 : 1};
+    }
+    return {kE4m3Range, 1, 0x1p-7f, 8};
+  }
+};
+static_assert(kValueRms == 2.0f && half_value_range(128) == 2.25f && half_value_range(256) == 1.125f);
+
 // The exponent of the least power of two that is no smaller.
 __device__ __forceinline__ uint32_t ceiling_exponent(float x) { return (bits_of(x) + 0x7fffffu) >> 23; }
 
 // Where `peak` is the largest magnitude that there is.
-__device__ __forceinline__ float scale_of_peak(float peak) {
-  return float_of((ceiling_exponent(fmaxf(peak, 0x1p-100f)) - 8) << 23);
+__device__ __forceinline__ float scale_of_peak(float peak, const ValueCodes& codes) {
+  return float_of((ceiling_exponent(fmaxf(peak, 0x1p-100f)) - codes.log2_power) << 23);
 }
 
-__device__ __forceinline__ float inverse_of_power(float scale) { return float_of(0x7f000000u - bits_of(scale)); }
+__device__ __forceinline__ float inverse_of_power(float scale) {
+  constexpr uint32_t kLeast = 0x00400000u;  // 2^-127, which has no exponent of its own
+  return float_of(max(0x7f000000u - bits_of(scale), kLeast));
+}
 
 // As mean_of of numerics.h: 0 where subtracting it could lose or overflow a value.
 __device__ __forceinline__ float mean_of_channel(const Summary& summary, float pivot, int64_t tokens) {
@@ -83,7 +103,8 @@ struct Channel {
 };
 
 // The scale is never 0, and no value summarized exceeds its range.
-__device__ __forceinline__ Channel channel_of_values(const Summary& summary, float pivot, int64_t tokens, bool centre) {
+__device__ __forceinline__ Channel channel_of_values(const Summary& summary, float pivot, int64_t tokens, bool centre,
+                                                     const ValueCodes& codes) {
   const float count = static_cast<float>(tokens) - summary.missing, inverse_count = 1.0f / count;
   const float offset = summary.sum * inverse_count, variance = summary.squares * inverse_count - offset * offset;
   // A mean that chance explains would do more harm than good in a long context.
@@ -95,11 +116,10 @@ __device__ __forceinline__ Channel channel_of_values(const Summary& summary, flo
   // Squares may overflow, underflow or cancel; magnitudes do not.
   const float most = fminf(summary.largest + fabsf(mean), 0x1.fffffep127f);
   if (!(rms >= 0x1p-40f && rms < INFINITY)) rms = most * 0.25f;
-  rms = fmaxf(fmaxf(rms, most * 0x1p-7f), 0x1p-110f);
+  rms = fmaxf(fmaxf(rms, most * codes.least_rms), 0x1p-110f);
   constexpr uint32_t kHalfPower = 0x3504f3;  // mantissa of sqrt(2)
-  const uint32_t exponent = (bits_of(rms) + (0x800000 - kHalfPower)) >> 23;
-  return {mean, float_of((exponent - 1) << 23)};
+  const uint32_t exponent = ((bits_of(rms) + (0x800000 - kHalfPower)) >> 23) - codes.log2_rms;
+  return {mean, float_of(min(exponent, 254u) << 23)};
 }
-static_assert(kValueRms == 2.0f, "what channel_of_values divides by");
 
 }  // namespace sage::cuda::sm90

@@ -63,6 +63,11 @@ struct Sage2Packed {
 // V's scales make the root mean square of a channel's codes (in a long context: of a sample of its tokens) this, within
 // a factor of sqrt(2), as they are powers of two: far from both ends of e4m3, which is a float.
 constexpr float kValueRms = 2.0f;
+// Where products with V are summed in FP16, weights of P are at most kHalfWeightRange, and codes of V so small that a
+// tile comes to half of what FP16 holds: at most half_value_range(), which is 9 times their root mean square. (Values
+// above 2^127 have codes up to 2 in tiles of 256 keys too, as there are no larger scales.)
+constexpr float kHalfWeightRange = 112.0f;
+constexpr float half_value_range(int block_n) { return 288.0f / static_cast<float>(block_n); }
 constexpr uint32_t kKeyFlag = 1;          // a key is not finite
 constexpr uint32_t kValueFlag = 1 << 16;  // a value is not finite
 constexpr uint32_t kRangeFlag = 2 << 16;  // for the packers alone: v_peaks are not all zeros

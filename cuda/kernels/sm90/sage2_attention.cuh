@@ -18,6 +18,7 @@
 #include "../ptx/barrier.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/wgmma.cuh"
+#include "half_sums.cuh"
 #include "launch.cuh"
 #include "sage2.h"
 
@@ -60,24 +61,26 @@ Sage2Params make_params(const Sage2Op& op);
 
 // kSmooth: queries are less the mean of their block, and what that takes from the scores of a key, one number for the
 // whole block, comes with the key. kSums: the row sums of P before it is rounded are wanted, for the log-sum-exp.
-// kBand: there is room for tiles of 16 bits (band_attention.cuh).
-template <int kHeadDim_, bool kFast_, bool kSmooth_ = false, bool kSums_ = false, bool kBand_ = false>
+// kBand: there is room for tiles of 16 bits (band_attention.cuh). kHalfSums: products with V are summed in FP16.
+template <int kHeadDim_, bool kFast_, bool kSmooth_ = false, bool kSums_ = false, bool kBand_ = false,
+          bool kHalfSums_ = false>
 struct Sage2Config {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kFast = kFast_, kSmooth = kSmooth_, kSums = kSums_, kBand = kBand_;
+  static constexpr bool kFast = kFast_, kSmooth = kSmooth_, kSums = kSums_, kBand = kBand_, kHalfSums = kHalfSums_;
   static_assert(!kFast || (!kSmooth && !kSums), "fast exponentials are codes from the start, of integer scores");
   static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast, kSmooth, kBand);
   static constexpr int kBlockN = kTiles.block_n, kVWidth = kTiles.v_width;
   static constexpr int kStages = kHeadDim == 256 ? 2 : 3;
   static constexpr int kQueryBuffers = kHeadDim == 256 || kBand ? 1 : 2;
   // The kept maximum moves only when a score exceeds it by this much (base 2). Room above costs range below.
-  static constexpr float kHeadroom = kFast ? 4.0f : 2.0f;
-  // P is scaled by 2^kOffset: at most 448; a maximum's P is 7 times a power of two, exactly.
-  static constexpr float kOffset = 8.807355f - kHeadroom;
+  static constexpr float kHeadroom = kFast ? 4.0f : kHalfSums ? 1.0f : 2.0f;
+  // P is scaled by 2^kOffset: at most kLargestWeight; a maximum's P is 7 times a power of two, exactly.
+  static constexpr float kLargestWeight = kHalfSums ? kHalfWeightRange : kE4m3Range;
+  static constexpr float kOffset = (kHalfSums ? 6.807355f : 8.807355f) - kHeadroom;
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim >= 128;
+  static constexpr bool kTurns = kHeadDim >= 128 || kHalfSums;
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
   // Exact exponentials become codes as soon as they are there, else (faster where registers allow) with the wait for
@@ -109,6 +112,7 @@ struct Sage2Config {
       kShiftAt + (kSmooth ? kStages * kShiftBytes : 0) + (kBand ? kBlockM * kHeadDim * 2 : 0);
   static_assert(!kSmooth || !kBand, "what smoothing takes from scores lies where the band has its queries");
   static constexpr int kScores = kBlockN / 2, kOutputs = kValueWidth / 2, kWeights = kBlockN / 8;  // registers
+  static constexpr int kOutputRegisters = kOutputs / (kHalfSums ? 2 : 1), kSumRegisters = kHalfSums ? 2 : 4;
   static_assert(kSharedBytes <= 232448 && kBlockN % 32 == 0 && kBlockN % kVWidth == 0);
 };
 
@@ -211,15 +215,18 @@ __device__ __forceinline__ void issue_scores(int (&s)[C::kScores], uint64_t q, u
 }
 
 template <class C>
-__device__ __forceinline__ void issue_values(float (&o)[C::kOutputs], float (&sums)[4],
+__device__ __forceinline__ void issue_values(Output<C> (&o)[C::kOutputRegisters], Output<C> (&sums)[C::kSumRegisters],
                                              const uint32_t (&weights)[C::kWeights], uint64_t v, uint64_t ones,
                                              int accumulate) {
 #pragma unroll
   for (int step = 0; step < C::kBlockN / 32; step++) {
     constexpr int kSteps = C::kVWidth / 32;
     const uint64_t b = v + (step / kSteps * C::kChunkBytes >> 4) + 2 * (step % kSteps);
-    ptx::ValueProduct<C::kValueWidth>::issue(o, weights + 4 * step, b, step == 0 ? accumulate : 1);
-    if constexpr (!C::kOnesInV) ptx::ValueProduct<8>::issue(sums, weights + 4 * step, ones, step > 0);
+    using Product =
+        std::conditional_t<C::kHalfSums, ptx::ValueProductInHalf<C::kValueWidth>, ptx::ValueProduct<C::kValueWidth>>;
+    using SumProduct = std::conditional_t<C::kHalfSums, ptx::ValueProductInHalf<8>, ptx::ValueProduct<8>>;
+    Product::issue(o, weights + 4 * step, b, step == 0 ? accumulate : 1);
+    if constexpr (!C::kOnesInV) SumProduct::issue(sums, weights + 4 * step, ones, step > 0);
   }
   ptx::product_commit();
 }
@@ -575,7 +582,7 @@ struct Total {
   bool used = false;
 
   // The total takes O in: as a sum in f32, as an average in f16, which holds it.
-  __device__ __forceinline__ void add(const float (&o)[C::kOutputs], RowState& state) {
+  __device__ __forceinline__ void add(const Output<C> (&o)[C::kOutputRegisters], RowState& state) {
     float sum[2], old[2], fresh[2];
     weigh(state, sum, old, fresh);
 #pragma unroll
@@ -583,7 +590,7 @@ struct Total {
       float x[4] = {};
       if (used) load(n, x);
 #pragma unroll
-      for (int r = 0; r < 4; r++) x[r] = fmaf(x[r], old[r >> 1], o[4 * n + r] * fresh[r >> 1]);
+      for (int r = 0; r < 4; r++) x[r] = fmaf(x[r], old[r >> 1], output_at(o, 4 * n + r) * fresh[r >> 1]);
       store(n, x);
     }
     __syncwarp();
@@ -921,8 +928,10 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   }
   while (course.index < p.items) {
     const uint32_t index = course.index;
-    float o[C::kOutputs] = {}, sums[4] = {}, centred[2] = {};
+    Output<C> o[C::kOutputRegisters] = {}, sums[C::kSumRegisters] = {};
+    float average[C::kOutputs] = {}, centred[2] = {};
     RowState state;
+    Crowd<C> crowd;
     total.used = false;
     if (!C::kAhead) {
       issue_first(course);
@@ -940,13 +949,16 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       }
       slot.next();
       int summed = 0;  // tiles in O
-      const auto row_sum = [&](int half) { return C::kOnesInV ? o[C::kOutputs - 4 + 2 * half] : sums[2 * half]; };
+      const auto row_sum = [&](int half) {
+        return C::kOnesInV ? output_at(o, C::kOutputs - 4 + 2 * half) : output_at(sums, 2 * half);
+      };
       const auto take_sums = [&] {
         state.sum[0] += row_sum(0), state.sum[1] += row_sum(1);
+        if (C::kHalfSums) crowd.add(row_sum(0), row_sum(1));
         // A write to part of an accumulator that no condition guards would make the compiler serialize products.
         if (C::kOnesInV && p.k_tokens > 0) {
 #pragma unroll
-          for (int i = 1; i <= 4; i++) o[C::kOutputs - i] = 0.0f;
+          for (int i = 1; i <= C::kSumRegisters; i++) o[C::kOutputRegisters - i] = 0;
         }
       };
 
@@ -976,11 +988,17 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         take_sums();
         e.store(weights);
         if (moved) {
-#pragma unroll
-          for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= rescale[i >> 1 & 1];
+          scale_outputs<C>(o, rescale);
           state.sum[0] *= rescale[0], state.sum[1] *= rescale[1];
         }
-        if (summed % C::kTestTiles == 0 && drifts<C>(o, state, summed * C::kBlockN, group)) {
+        if constexpr (C::kHalfSums) {
+          if (crowd.leaves(o, summed)) {
+            total.add(o, state);
+            crowd.bound = 0.0f;
+#pragma unroll
+            for (int i = 0; i < C::kOutputRegisters; i++) o[i] = 0;
+          }
+        } else if (summed % C::kTestTiles == 0 && drifts<C>(o, state, summed * C::kBlockN, group)) {
           total.add(o, state);
           summed = 0;
         }
@@ -1007,7 +1025,9 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       const bool ends_at_first = item_at<C>(p, index).first_tile == 0;
       const float first[2] = {row_sum(0), row_sum(1)};
       take_sums();
-      total.finish(o, state);
+#pragma unroll
+      for (int i = 0; i < C::kOutputs; i++) average[i] = output_at(o, i);
+      total.finish(average, state);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float rest = state.sum[half] - (ends_at_first ? first[half] : 0.0f);
@@ -1022,7 +1042,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       }
     }
     const Item item = item_at<C>(p, index);
-    store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
+    store_rows<C>(p, item, average, state, centred, item.block * kBlockM + row_of_block(), totals);
     if (C::kAhead) {
       ptx::product_wait<0>();
       ptx::pin(s);
