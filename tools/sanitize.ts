@@ -96,12 +96,28 @@ function otherCalls(device: Device): number {
   return count + 3;
 }
 
+/** Those of the kernels that older GPUs get. */
+async function olderCalls(architecture: number): Promise<number> {
+  try {
+    using device = Device.open("cuda", { architecture });
+    const count = attentionCalls(device, "f16");
+    await device.synchronize();
+    return count;
+  } catch (error) {
+    if (error instanceof UnsupportedError) return 0;
+    throw error;
+  }
+}
+
 async function runCalls(): Promise<void> {
   using device = Device.open();
   let count = 0;
   for (const dtype of ["f16", "bf16", "f32"] as const) count += attentionCalls(device, dtype);
   count += otherCalls(device);
   await device.synchronize();
+  if (device.kind === "cuda") {
+    for (const architecture of [80, 89]) count += await olderCalls(architecture);
+  }
   console.log(`${count} calls on ${device}`);
 }
 
