@@ -13,7 +13,7 @@ import {
   type Tensor,
   UnsupportedError,
 } from "../mod.ts";
-import { variants } from "../bench/cases.ts";
+import { type Variant, variantsOf } from "../bench/cases.ts";
 import { closingLine } from "./suite.ts";
 
 const tools = ["memcheck", "initcheck", "synccheck", "racecheck"] as const;
@@ -27,6 +27,14 @@ const shapes = [
   { heads: 1, kvHeads: 1, queries: 140, keys: 140, headDim: 256 },
   { heads: 1, kvHeads: 1, queries: 70, keys: 90, headDim: 72 },
 ] as const;
+
+/** What the variants of the benchmarks leave out, each in a kernel of another kind. */
+const beyond: readonly Variant[] = [
+  { kernel: "sage1", rotate: true, firstToken: true },
+  { kernel: "sage2", kMeanRows: 64, smoothQ: true },
+  { kernel: "sage2++", band: true, causal: true },
+  { kernel: "sage-int8", rotate: true, band: true, firstToken: true, kMeanRows: 128, causal: true },
+];
 
 function random<D extends FloatDType>(device: Device, shape: number[], dtype: D): Tensor<D> {
   const values = Float32Array.from(
@@ -53,9 +61,9 @@ function attentionCalls(device: Device, dtype: FloatDType): number {
     using q = random(device, [1, heads, queries, headDim], dtype);
     using k = random(device, [1, kvHeads, keys, headDim], dtype);
     using v = random(device, [1, kvHeads, keys, headDim], dtype);
-    for (const variant of variants) {
-      for (const causal of [false, true]) {
-        const options: AttentionOptions = { ...variant, causal };
+    for (const causal of [false, true]) {
+      for (const variant of [...variantsOf({ causal }), ...beyond]) {
+        const options: AttentionOptions = { causal, ...variant };
         if (tried(() => attention(q, k, v, { ...options, returnLse: true }))) count++;
       }
     }
