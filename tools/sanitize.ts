@@ -14,7 +14,7 @@ import {
   type Tensor,
   UnsupportedError,
 } from "../mod.ts";
-import { variantsOf } from "../bench/cases.ts";
+import { type Variant, variantsOf } from "../bench/cases.ts";
 import { closingLine } from "./suite.ts";
 
 const tools = ["memcheck", "initcheck", "synccheck", "racecheck"] as const;
@@ -28,6 +28,14 @@ const shapes = [
   { heads: 1, kvHeads: 1, queries: 140, keys: 140, headDim: 256 },
   { heads: 1, kvHeads: 1, queries: 70, keys: 90, headDim: 72 },
 ] as const;
+
+/** What the variants of the benchmarks leave out, each in a kernel of another kind. */
+const beyond: readonly Variant[] = [
+  { kernel: "sage1", rotate: true, firstToken: true },
+  { kernel: "sage2", kMeanRows: 64, smoothQ: true },
+  { kernel: "sage2++", band: true, causal: true },
+  { kernel: "sage-int8", rotate: true, band: true, firstToken: true, kMeanRows: 128, causal: true },
+];
 
 function random<D extends FloatDType>(device: Device, shape: number[], dtype: D): Tensor<D> {
   const values = Float32Array.from(
@@ -64,8 +72,10 @@ function attentionCalls(device: Device, dtype: FloatDType): number {
       { mask },
     ];
     for (const options of masks) {
-      for (const variant of variantsOf({ causal: options.causal ?? false })) {
-        if (tried(() => attention(q, k, v, { ...variant, ...options, returnLse: true }))) count++;
+      const { causal = false } = options;
+      for (const variant of [...variantsOf({ causal }), ...beyond]) {
+        const all = { ...options, causal, ...variant };
+        if (tried(() => attention(q, k, v, { ...all, returnLse: true }))) count++;
       }
     }
   }

@@ -226,7 +226,6 @@ struct TileLoader {
 __device__ __forceinline__ float element_value(const char* address, DType dtype) {
   if (dtype == DType::kF16) return __half2float(*reinterpret_cast<const __half*>(address));
   if (dtype == DType::kBF16) return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(address));
-  if (dtype == DType::kI8) return int8_value(*reinterpret_cast<const int8_t*>(address));
   return *reinterpret_cast<const float*>(address);
 }
 
@@ -234,7 +233,8 @@ __device__ __forceinline__ float raw_value(const Rows& rows, DType dtype, int ba
                                            int channel) {
   const int bytes = dtype == DType::kF32 ? 4 : dtype == DType::kI8 ? 1 : 2;
   const int64_t index = batch * rows.batch_stride + head * rows.head_stride + row * rows.token_stride;
-  return element_value(rows.data + (index + channel * rows.channel_stride) * bytes, dtype);
+  const char* const address = rows.data + (index + channel * rows.channel_stride) * bytes;
+  return dtype == DType::kI8 ? int8_value(*reinterpret_cast<const int8_t*>(address)) : element_value(address, dtype);
 }
 
 // The score of a key that INT8 cannot hold, from the raw tensors: +-inf or NaN as exact arithmetic has it.
@@ -632,20 +632,45 @@ __device__ __forceinline__ void change_scores(const AttentionParams& p, EachScor
 
 // ---- beyond the papers ------------------------------------------------------------------------------------------
 
-// What the mean of a tile's keys adds to the scores of a row, which four lanes share. Out of line, as it is rare.
-inline __device__ __noinline__ float mean_score(const AttentionParams& p, int batch, int head, int row, int key0) {
-  const int kv_heads = p.q_heads / p.group, channels = p.q_raw.channels;
-  const int64_t plane = int64_t{batch} * kv_heads + head / p.group;
-  const float* const mean = p.k_mean + (plane * p.k_means + key0 / p.k_mean_rows) * channels;
-  const int64_t known = min(row, p.q_tokens - 1);
-  float sum = 0.0f;
+// Products of rows of numbers with a row of f32, the channels of one of four lanes.
+template <class Number>
+__device__ __forceinline__ float2 multiply_rows(const char* first, const char* second, int64_t step, const float* mean,
+                                                int channels) {
+  float2 sum = {0.0f, 0.0f};
 #pragma unroll 4
-  for (int d = threadIdx.x % 4; d < channels; d += 4) {
-    sum = fmaf(raw_value(p.q_raw, p.raw_dtype, batch, head, known, d), mean[d], sum);
+  for (int d = threadIdx.x % 4; d < channels; d += 4, first += step, second += step) {
+    sum.x = fmaf(static_cast<float>(*reinterpret_cast<const Number*>(first)), mean[d], sum.x);
+    sum.y = fmaf(static_cast<float>(*reinterpret_cast<const Number*>(second)), mean[d], sum.y);
   }
-  sum += __shfl_xor_sync(~0u, sum, 1);
-  sum += __shfl_xor_sync(~0u, sum, 2);
-  return sum * p.raw_log2;
+  return sum;
+}
+
+// What the mean of a tile's keys adds to the scores of two rows, `row` and the 8th after it, which four lanes share.
+// Out of line, as it is rare.
+inline __device__ __noinline__ float2 mean_scores(const AttentionParams& p, int batch, int head, int row, int key0) {
+  const int channels = p.q_raw.channels, bytes = p.raw_dtype == DType::kF32 ? 4 : 2;
+  const int64_t plane = int64_t{batch} * (p.q_heads / p.group) + head / p.group;
+  const float* const mean = p.k_mean + (plane * p.k_means + key0 / p.k_mean_rows) * channels;
+  const int64_t begin = batch * p.q_raw.batch_stride + head * p.q_raw.head_stride;
+  const int64_t channel_step = p.q_raw.channel_stride * bytes;
+  const auto address = [&](int row) {
+    return p.q_raw.data + (begin + min(row, p.q_tokens - 1) * p.q_raw.token_stride) * bytes +
+           threadIdx.x % 4 * channel_step;
+  };
+  const char *const first = address(row), *const second = address(row + 8);
+  float2 sum;
+  if (p.raw_dtype == DType::kF16)
+    sum = multiply_rows<__half>(first, second, 4 * channel_step, mean, channels);
+  else if (p.raw_dtype == DType::kBF16)
+    sum = multiply_rows<__nv_bfloat16>(first, second, 4 * channel_step, mean, channels);
+  else
+    sum = multiply_rows<float>(first, second, 4 * channel_step, mean, channels);
+#pragma unroll
+  for (int offset = 1; offset <= 2; offset *= 2) {
+    sum.x += __shfl_xor_sync(~0u, sum.x, offset);
+    sum.y += __shfl_xor_sync(~0u, sum.y, offset);
+  }
+  return {sum.x * p.raw_log2, sum.y * p.raw_log2};
 }
 
 // Tiles of the precision band, in FP32 from what was given. Shared memory, all of it, is free when they run.
@@ -1046,15 +1071,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         take_multiplier();
         if (C::kBeyond && p.k_means > 1) {
 #pragma unroll
-          for (int t = 0; t < kRowTiles; t++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-              const int row = forgotten(lane_row) + t * 16 + half * 8;
-              const float shift = mean_score(p, forgotten(batch), forgotten(head), row, key0);
-              each_score([&](float& x, int score_t, int score_half, int) {
-                if (score_t == t && score_half == half) x += shift;
-              });
-            }
+          for (int t = 0; t < kRowTiles; t++) {
+            const float2 shift = mean_scores(p, forgotten(batch), forgotten(head), forgotten(lane_row) + t * 16, key0);
+            each_score([&](float& x, int score_t, int half, int) {
+              if (score_t == t) x += half == 0 ? shift.x : shift.y;
+            });
+          }
         }
         change_scores(p, each_score, forgotten(batch), forgotten(head), forgotten(lane_row), key0);
       }
@@ -1430,6 +1452,26 @@ void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool c
     }
   }
   launch(kNo, kNo, kYes);
+}
+
+// Products of codes by FP8 or INT4 tensor cores; where scores may be masked by those of FP8 alone.
+template <int kHeadDim, bool kGeneral>
+void launch_codes_for(const AttentionParams& params, bool int4, bool fp8, bool f16_accumulator, int64_t planes,
+                      cudaStream_t stream) {
+  using ptx::Operand;
+  const auto launch = [&](auto qk, auto pv, auto accumulator) {
+    constexpr Operand kQK = decltype(qk)::value, kPV = decltype(pv)::value;
+    launch_attention<AttentionConfig<kHeadDim, kQK, kPV, decltype(accumulator)::value, true, true, kGeneral>>(
+        params, planes, stream);
+  };
+  constexpr std::integral_constant<Operand, Operand::kS8> kInt8;
+  constexpr std::integral_constant<Operand, Operand::kE4M3> kE4M3;
+  if constexpr (!kGeneral) {
+    constexpr std::integral_constant<Operand, Operand::kS4> kInt4;
+    constexpr std::integral_constant<Operand, Operand::kF16> kF16;
+    if (int4) return fp8 ? launch(kInt4, kE4M3, std::false_type{}) : launch(kInt4, kF16, std::false_type{});
+  }
+  f16_accumulator ? launch(kInt8, kE4M3, std::true_type{}) : launch(kInt8, kE4M3, std::false_type{});
 }
 
 template <int kHeadDim>

@@ -146,9 +146,7 @@ __device__ __forceinline__ float fold_rows(float (&largest)[kRows], int& row) {
 // Octets are vectors and codes have the rows of x. Blocks run from the last rows to the first: their mean was taken in
 // the other direction. Rows are read again only where a value is not finite.
 template <DType kType, DType kCode, bool kMean, bool kRotate>
-__global__ void __maxnreg__(kRotate                ? 160
-                            : kType == DType::kF32 ? 128
-                                                   : 80)
+__global__ void __maxnreg__(kRotate || kType == DType::kF32 ? 128 : 80)
     quantize_span_kernel(const __grid_constant__ GroupArguments a, Place corner) {
   extern __shared__ uint32_t shared[];  // a Span and the inverse scales of rows, as many as a block can hold
   const int lane = threadIdx.y, step = blockDim.y, octets = blockDim.x, channel = threadIdx.x * 8;
@@ -158,10 +156,10 @@ __global__ void __maxnreg__(kRotate                ? 160
   const int rows = static_cast<int>(min(a.x.tokens - first_row, a.span_rows));
   const char* const from = row_of(a.x, plane_of(a.x, place.plane), first_row + lane);
 
-  Octet<kType> raw[kRows];
-  load_vectors(raw, a.x, from, rows - lane, step, channel);
+  Octet<kType> loaded[kRows];
+  load_vectors(loaded, a.x, from, rows - lane, step, channel);
   const SharedMean mean(a.means, place.plane, first_row, channel);
-  const auto value = [&](const Octet<kType>& octet, float(&x)[8]) {
+  const auto center = [&](const Octet<kType>& octet, float(&x)[8]) {
     unpack(octet, x);
     if constexpr (kMean) {
 #pragma unroll
@@ -169,10 +167,28 @@ __global__ void __maxnreg__(kRotate                ? 160
     }
     if constexpr (kRotate) rotate(x, a.rotated);
   };
+  // What is held: rotated rows, or those that were loaded.
+  std::conditional_t<kRotate, Octet<DType::kF32>, Octet<kType>> raw[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; i++) {
+    if constexpr (kRotate) {
+      float x[8];
+      center(loaded[i], x);
+      memcpy(raw[i].word, x, sizeof(x));
+    } else {
+      raw[i] = loaded[i];
+    }
+  }
+  const auto value = [&](const auto& octet, float(&x)[8]) {
+    if constexpr (kRotate)
+      memcpy(x, octet.word, sizeof(x));
+    else
+      center(octet, x);
+  };
   const auto value_again = [&](int row, float(&x)[8]) {
     Octet<kType> octet[1];
     load_vectors(octet, a.x, from + row * step * a.x.token_stride, 1, 1, channel);
-    value(octet[0], x);
+    center(octet[0], x);
   };
   Span span(a, shared);
 
