@@ -124,14 +124,14 @@ void set_hopper_f16(const AttentionShape& shape, Plan& plan) {
 }
 
 // Tensor cores for FP8 are those of 8.9 and 12.x, for INT4 those of 8.x; elsewhere mma.sync emulates them. What goes
-// beyond the papers is for accuracy, and has the products that are everywhere.
+// beyond the papers is for accuracy, and has the products that are everywhere; rotated rows have codes of a byte.
 void set_products(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   if (cuda::is_beyond(plan, shape.k_tokens)) return;
   const bool int4 = plan.kernel == Kernel::kSage2Int4;
   const bool fp8 = int4 || plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2PP;
   plan.fp8_products = fp8 && device.code_level >= 89 && (device.architecture == 89 || device.architecture >= 120);
-  plan.int4_products =
-      int4 && device.architecture <= 89 && bits_per_element(shape.dtype) >= 16 && !cuda::is_general(shape.masking);
+  plan.int4_products = int4 && !plan.rotate && device.architecture <= 89 && bits_per_element(shape.dtype) >= 16 &&
+                       !cuda::is_general(shape.masking);
 }
 
 void set_portable(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {

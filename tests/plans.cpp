@@ -126,6 +126,32 @@ void check_products() {
   for (const int own : {100, 120}) CHECK(!plan_of(gpu(own, 80), SAGE_KERNEL_SAGE2).fp8_products, std::to_string(own));
 }
 
+// Rotated rows have codes of a byte; what else goes beyond the papers has the products that are everywhere.
+void check_beyond() {
+  for (const auto& [own, architecture, fp8, int4] : kProducts) {
+    const DeviceTraits traits = as(gpu(own, 89), architecture);
+    const std::string name = "sm_" + std::to_string(own) + " as " + std::to_string(architecture);
+    const auto planned = [&](void (*choose)(sage_attention_options&)) {
+      AttentionShape shape = shape_of(64);
+      sage_attention_options options{};
+      options.kernel = SAGE_KERNEL_SAGE2_INT4;
+      choose(options);
+      shape.causal = options.causal;
+      shape.masking.after = options.causal ? 0 : kUnlimited;
+      return plan_attention(shape, options, traits);
+    };
+    const Plan rotated = planned([](sage_attention_options& options) { options.rotate = SAGE_ON; });
+    CHECK(rotated.fp8_products == fp8 && !rotated.int4_products && rotated.architecture < 90, name);
+    for (const Plan& plan : {planned([](sage_attention_options& options) { options.first_token = SAGE_ON; }),
+                             planned([](sage_attention_options& options) { options.k_mean_rows = 64; }),
+                             planned([](sage_attention_options& options) {
+                               options.causal = 1, options.smooth_q = SAGE_ON, options.band = SAGE_ON;
+                             })}) {
+      CHECK(!plan.fp8_products && !plan.int4_products && plan.architecture == 80, name);
+    }
+  }
+}
+
 void check_hopper() {
   const DeviceTraits own = gpu(90, 89);
   CHECK(plan_of(own, SAGE_KERNEL_SAGE2).architecture == 90, "own kernel");
@@ -146,6 +172,7 @@ void check_hopper() {
 int main() {
   check_architectures();
   check_products();
+  check_beyond();
   check_hopper();
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures != 0;
