@@ -472,7 +472,7 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
       if (peak == 0.0f) {
         scale = a.packed.v_scales[at];
       } else {
-        scale = scale_of_peak(peak, a.codes);
+        scale = scale_of(peak);
         if (tile == 0 && set == 0) a.packed.v_scales[at] = scale;
       }
       inverse[j] = inverse_of_power(scale);
@@ -508,10 +508,17 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
   const int64_t chunk_row = int64_t{item} * (C::kTokens / C::kVWidth) + set / kChunks;
   uint8_t* const to = a.packed.v + (chunk_row * C::kHeadDim + channel) * C::kVWidth;
   const auto chunk_of = [&](int j) { return to + j * C::kVWidth + ((set % kChunks) ^ swizzle(C::kVWidth, j)) * 16; };
+  const auto want_scale = [&](int j, float least) {
+    auto* const peaks = reinterpret_cast<uint32_t*>(a.packed.v_peaks);
+    atomicMax(&peaks[int64_t{plane} * C::kHeadDim + channel + j], bits_of(fminf(least, 0x1p127f)));
+  };
   float largest = 0.0f;
+  const bool sums = kWhich == Values::kSampled && a.codes.sum != 0.0f;
+  bool out_of_range = false;
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     uint32_t word[4];
+    float sum = 0.0f;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       float x[4];
@@ -519,14 +526,23 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
       for (int e = 0; e < 4; e++) {
         x[e] = (element(raw[2 * c + e % 2 + e / 2 * 8], j) - mean[j]) * inverse[j];
         largest = magnitude(largest, x[e]);
+        if (sums && fabsf(x[e]) < kLargest) sum += fabsf(x[e]);
       }
       word[c] = (e4m3_pair(x[0], x[1]) | e4m3_pair(x[2], x[3]) << 16) & existing[c];
     }
     *reinterpret_cast<uint4*>(chunk_of(j)) = make_uint4(word[0], word[1], word[2], word[3]);
+    if constexpr (kWhich == Values::kSampled) {
+      if (!sums) continue;
+#pragma unroll
+      for (int offset = kOctetsOfWarp; offset < 32; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+      if (sum > a.codes.sum) {
+        out_of_range = true;
+        want_scale(j, sum / a.codes.sum / inverse[j]);
+      }
+    }
   }
 
   uint32_t bad = 0;
-  bool out_of_range = false;
   if (!(largest <= a.codes.range)) {
 #pragma unroll 1
     for (int r = 0; r < left; r++) {
@@ -544,8 +560,7 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
         }
         if (kWhich == Values::kSampled && is_finite(x[j]) && fabsf(value) * inverse[j] > a.codes.range) {
           out_of_range = true;
-          auto* const peaks = reinterpret_cast<uint32_t*>(a.packed.v_peaks);
-          atomicMax(&peaks[int64_t{plane} * C::kHeadDim + channel + j], bits_of(fabsf(value)));
+          want_scale(j, fabsf(value) / a.codes.power);
         }
       }
     }

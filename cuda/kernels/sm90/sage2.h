@@ -43,8 +43,9 @@ struct Sage2Packed {
       v;  // [Hkv planes][tiles * block_n / v_width][padded_head_dim][v_width], e4m3, less v_mean but in the first tile
   float* v_scales;   // [Hkv planes][padded_head_dim], powers of two
   uint32_t* v_bits;  // as k_bits
-  float* v_peaks;    // [Hkv planes][padded_head_dim], for the packers alone: of channels whose scale came out too small
-  uint32_t* flags;   // [Hkv planes]: of the constants below
+  float*
+      v_peaks;  // [Hkv planes][padded_head_dim], for the packers alone: scales of channels whose own came out too small
+  uint32_t* flags;      // [Hkv planes]: of the constants below
   uint32_t* next_item;  // one word, 0: packing clears it, attention counts
   float* q_mean;        // [Hq planes][query blocks][D], of each block, or null
   float* k_mean;        // [Hkv planes][D] or null
@@ -63,11 +64,12 @@ struct Sage2Packed {
 // V's scales make the root mean square of a channel's codes (in a long context: of a sample of its tokens) this, within
 // a factor of sqrt(2), as they are powers of two: far from both ends of e4m3, which is a float.
 constexpr float kValueRms = 2.0f;
-// Where products with V are summed in FP16, weights of P are at most kHalfWeightRange, and codes of V so small that a
-// tile comes to half of what FP16 holds: at most half_value_range(), which is 9 times their root mean square. (Values
-// above 2^127 have codes up to 2 in tiles of 256 keys too, as there are no larger scales.)
+// Where products with V are summed in FP16, weights of P are at most kHalfWeightRange, and magnitudes of 64 codes of V
+// add up to half_value_sum() at most, so that a tile comes to 44800 (57344 with 256 keys), and leaves room for others.
+// Their root mean square is 128 / block_n, the largest of them 9 times that.
 constexpr float kHalfWeightRange = 112.0f;
-constexpr float half_value_range(int block_n) { return 288.0f / static_cast<float>(block_n); }
+constexpr float half_value_range(int block_n) { return 1152.0f / static_cast<float>(block_n); }
+constexpr float half_value_sum(int block_n) { return block_n == 256 ? 128.0f : 25600.0f / static_cast<float>(block_n); }
 constexpr uint32_t kKeyFlag = 1;          // a key is not finite
 constexpr uint32_t kValueFlag = 1 << 16;  // a value is not finite
 constexpr uint32_t kRangeFlag = 2 << 16;  // for the packers alone: v_peaks are not all zeros
