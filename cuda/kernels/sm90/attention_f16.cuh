@@ -412,7 +412,12 @@ constexpr int32_t kMaskedScore = static_cast<int32_t>(0xff800000u - static_cast<
 
 // Keeps a factor where neither factor * 0 nor factor * -inf is NaN, and a whole score stays finite. NaN stays.
 __device__ __forceinline__ float clamp_factor(float factor) {
-  return factor < 0x1p-126f ? 0x1p-126f : factor > 0x1p100f ? 0x1p100f : factor;
+  float clamped;
+  asm("max.NaN.f32 %0, %1, 0f00800000;\n\t"  // 2^-126
+      "min.NaN.f32 %0, %0, 0f71800000;"      // 2^100
+      : "=f"(clamped)
+      : "f"(factor));
+  return clamped;
 }
 
 template <ptx::Half kHalf>
