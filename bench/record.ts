@@ -11,7 +11,8 @@ import {
   rmse,
   UnsupportedError,
 } from "../mod.ts";
-import { build } from "../build.ts";
+import { build, type Manifest } from "../build.ts";
+import { sourceHash } from "../tools/build/sources.ts";
 import { reference } from "../examples/demo/reference.ts";
 import { BuildError, runTask } from "../tools/build/toolchain.ts";
 import { closingLine, runSuite } from "../tools/suite.ts";
@@ -36,12 +37,14 @@ import { attentionRows, portableRows, preparationRows } from "./rows.ts";
 
 const help =
   `usage: deno task record [--device cuda:0] [--compare] [--quick] [--skip-tests] [--filter text] [--peers]
+                        [--no-build]
 
   --device       "cpu" or "cuda:0"; by default the GPU where there is one
   --compare      sets the run against the stored one instead of writing it, and fails where something became worse
   --quick        few shapes; prints instead of writing
   --skip-tests   no test run; prints instead of writing
   --filter       only the tests whose name contains the text, which the record then says: "cuda"
+  --no-build     measures dist/ as it is, which must be of these sources
   --peers        fetches others' kernels for the CPU from npm where they are not here yet
 `;
 
@@ -168,6 +171,29 @@ function rounded(_key: string, value: unknown): unknown {
     : value;
 }
 
+/** The suite, or those of its tests whose name contains `filter`; what fails is shown before anything is measured. */
+async function runTests(filter?: string): Promise<Results["tests"]> {
+  const cores = navigator.hardwareConcurrency;
+  const counts = await runSuite(root, [...filter ? ["--filter", filter] : [], "tests/"], {
+    jobs: cores < 8 ? 1 : cores - 4,
+  });
+  console.log(closingLine(counts));
+  return { ...counts, ...filter ? { filter } : {} };
+}
+
+/** What is in dist/, which must be built from the sources as they are. */
+async function builtBefore(): Promise<Manifest> {
+  const path = join(root, "dist/manifest.json");
+  const manifest: Manifest = JSON.parse(await Deno.readTextFile(path));
+  const hash = await sourceHash(root);
+  if (manifest.sourceHash === hash) return manifest;
+  throw new BuildError(
+    `Cannot measure dist/: it is of sources ${manifest.sourceHash.slice(0, 12)}, and they are ${
+      hash.slice(0, 12)
+    } now; without --no-build, they are built`,
+  );
+}
+
 async function readStored(path: string): Promise<Results> {
   try {
     return JSON.parse(await Deno.readTextFile(path));
@@ -181,15 +207,16 @@ async function readStored(path: string): Promise<Results> {
 
 await runTask(async () => {
   const options = parseArgs(Deno.args, {
-    boolean: ["compare", "quick", "skip-tests", "peers", "help"],
+    boolean: ["compare", "quick", "skip-tests", "peers", "build", "help"],
+    negatable: ["build"],
     string: ["device", "filter"],
-    default: { device: "auto" },
+    default: { device: "auto", build: true },
     unknown: (argument: string) => {
       throw new BuildError(`Unknown argument "${argument}"; --help lists those there are`);
     },
   });
   if (options.help) return console.log(help);
-  const manifest = await build({ bundle: "if-possible" });
+  const manifest = options.build ? await build({ bundle: "if-possible" }) : await builtBefore();
   const began = performance.now();
   using device = Device.open(options.device as "auto");
   const { name, kind, features, multiprocessors } = device.info;
@@ -197,6 +224,8 @@ await runTask(async () => {
   say(`measures ${device}: ${name}, ${features}`);
   const target = join(root, `bench/results/${fileName(name, kind, multiprocessors)}.json`);
   const stored: Results | undefined = options.compare ? await readStored(target) : undefined;
+  const writes = !options.compare && !options.quick && !options["skip-tests"];
+  const tests = writes ? await runTests(options.filter) : nothing;
   await using peers = await Peers.start(device, options.quick ? 50 : 80, say, options.peers);
   const accuracy = await accuracyRows(device);
   const watcher = kind === "cuda" ? new Watcher() : undefined;
@@ -211,7 +240,7 @@ await runTask(async () => {
     source: manifest.sourceHash,
     compilers: manifest.compilers,
     ...await watcher?.stop(),
-    tests: { passed: 0, failed: 0, skipped: 0 },
+    tests,
     copyTbs,
     drift,
     peers: peers?.versions,
@@ -226,25 +255,16 @@ await runTask(async () => {
     if (options.quick) found.missing = [];
     for (const line of comparisonLines(found)) console.log(line);
     if (found.moves.some(({ change }) => change > 0)) Deno.exitCode = 1;
-  } else if (options.quick || options["skip-tests"]) {
+  } else if (!writes) {
     const { rows: _, accuracy: __, ...rest } = results;
     console.log(JSON.stringify(rest, rounded, 2));
   } else {
-    // What was measured is kept, whatever happens to the tests; they still see the record before.
     const part = `${target}.part`;
-    const write = () => Deno.writeTextFile(part, JSON.stringify(results, rounded, 1) + "\n");
     await Deno.mkdir(join(root, "bench/results"), { recursive: true });
-    await write();
-    const { filter } = options;
-    const cores = navigator.hardwareConcurrency;
-    const counts = await runSuite(root, [...filter ? ["--filter", filter] : [], "tests/"], {
-      jobs: cores < 8 ? 1 : cores - 4,
-    });
-    results.tests = { ...counts, ...filter ? { filter } : {} };
-    await write();
+    await Deno.writeTextFile(part, JSON.stringify(results, rounded, 1) + "\n");
     await Deno.rename(part, target);
     console.log(`written to ${target}; deno task report draws it`);
-    console.log(closingLine(counts));
-    if (counts.failed) Deno.exitCode = 1;
+    console.log(closingLine(tests));
+    if (tests.failed) Deno.exitCode = 1;
   }
 });
