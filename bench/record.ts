@@ -37,14 +37,14 @@ import { attentionRows, portableRows, preparationRows } from "./rows.ts";
 
 const help =
   `usage: deno task record [--device cuda:0] [--compare] [--quick] [--skip-tests] [--filter text] [--peers]
-                        [--no-build]
+                        [--built]
 
   --device       "cpu" or "cuda:0"; by default the GPU where there is one
   --compare      sets the run against the stored one instead of writing it, and fails where something became worse
   --quick        few shapes; prints instead of writing
   --skip-tests   no test run; prints instead of writing
   --filter       only the tests whose name contains the text, which the record then says: "cuda"
-  --no-build     measures dist/ as it is, which must be of these sources
+  --built        measures dist/ as it is, which must be of these sources
   --peers        fetches others' kernels for the CPU from npm where they are not here yet
 `;
 
@@ -183,14 +183,18 @@ async function runTests(filter?: string): Promise<Results["tests"]> {
 
 /** What is in dist/, which must be built from the sources as they are. */
 async function builtBefore(): Promise<Manifest> {
-  const path = join(root, "dist/manifest.json");
-  const manifest: Manifest = JSON.parse(await Deno.readTextFile(path));
+  const text = await Deno.readTextFile(join(root, "dist/manifest.json")).catch(() => {
+    throw new BuildError(
+      "Cannot measure dist/: there is no manifest; without --built, it is built",
+    );
+  });
+  const manifest: Manifest = JSON.parse(text);
   const hash = await sourceHash(root);
   if (manifest.sourceHash === hash) return manifest;
   throw new BuildError(
     `Cannot measure dist/: it is of sources ${manifest.sourceHash.slice(0, 12)}, and they are ${
       hash.slice(0, 12)
-    } now; without --no-build, they are built`,
+    } now; without --built, they are built`,
   );
 }
 
@@ -207,16 +211,15 @@ async function readStored(path: string): Promise<Results> {
 
 await runTask(async () => {
   const options = parseArgs(Deno.args, {
-    boolean: ["compare", "quick", "skip-tests", "peers", "build", "help"],
-    negatable: ["build"],
+    boolean: ["compare", "quick", "skip-tests", "peers", "built", "help"],
     string: ["device", "filter"],
-    default: { device: "auto", build: true },
+    default: { device: "auto" },
     unknown: (argument: string) => {
       throw new BuildError(`Unknown argument "${argument}"; --help lists those there are`);
     },
   });
   if (options.help) return console.log(help);
-  const manifest = options.build ? await build({ bundle: "if-possible" }) : await builtBefore();
+  const manifest = options.built ? await builtBefore() : await build({ bundle: "if-possible" });
   const began = performance.now();
   using device = Device.open(options.device as "auto");
   const { name, kind, features, multiprocessors } = device.info;
@@ -225,7 +228,7 @@ await runTask(async () => {
   const target = join(root, `bench/results/${fileName(name, kind, multiprocessors)}.json`);
   const stored: Results | undefined = options.compare ? await readStored(target) : undefined;
   const writes = !options.compare && !options.quick && !options["skip-tests"];
-  const tests = writes ? await runTests(options.filter) : nothing;
+  const tests = writes ? await runTests(options.filter) : { passed: 0, failed: 0, skipped: 0 };
   await using peers = await Peers.start(device, options.quick ? 50 : 80, say, options.peers);
   const accuracy = await accuracyRows(device);
   const watcher = kind === "cuda" ? new Watcher() : undefined;
