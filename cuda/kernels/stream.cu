@@ -504,7 +504,7 @@ class CudaStream final : public Stream {
     op.range = kInt8Range;
     launch_quantize(op, nullptr, lane.at(layout.scratch), lane.stream);
     int8_tiles(without_padding(codes, v.channels()), plan, lane.at(layout.v), lane.words_at(layout.v_not_finite), run,
-                lane.stream);
+               lane.stream);
   }
 
   // Every kernel that quantizes but sage2 on sm_90a.
