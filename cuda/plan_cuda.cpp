@@ -83,12 +83,12 @@ bool suits_hopper_f16(const AttentionShape& shape, const Plan& plan) {
 }
 
 void set_hopper_sage2(const AttentionShape& shape, Plan& plan) {
-  if (plan.smooth_q && plan.fast_exponential) {
-    refuse("options.exponential", "exact (1) where queries are smoothed on this CUDA device, or the kernel flash",
+  if (plan.smooth_q && plan.fast_exponential && plan.padded_head_dim > 128) {
+    refuse("options.exponential",
+           "exact (1) where queries of more than 128 channels are smoothed on this CUDA device, or the kernel flash",
            "fast (2)");
   }
-  const cuda::sm90::Sage2Tiles tiles =
-      cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q, plan.band);
+  const cuda::sm90::Sage2Tiles tiles = cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.band);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = cuda::sm90::kBlockM;

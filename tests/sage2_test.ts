@@ -18,6 +18,7 @@ import {
   UnsupportedError,
 } from "../mod.ts";
 import {
+  biased,
   bits,
   dtypes,
   type FloatProblem,
@@ -330,6 +331,38 @@ kernelTest("writes every output type from the same sums, and takes scales", asyn
       const actual = await run(tensors, { ...options, scale });
       const bound = { ...bounds[variant], row: 0.12, lse: 0.095 }; // softmax is sharper
       compare(actual, referenceAttention(problem, { scale }), 128, bound, `scale ${scale}`);
+    }
+  }
+});
+
+// ---- smoothed queries -----------------------------------------------------------------------------------
+
+// What smoothing takes from a score grows with the mean of Q: small beside the scores, many times their size, and more
+// than integers about 2^23 have room for; tiny scores are those of nearly uniform rows.
+kernelTest("smooths queries of any mean", async (device) => {
+  for (const channels of [64, 128]) {
+    for (const mean of [0, 30, 1000]) {
+      for (const factor of [1, 0.001]) {
+        const lengths = { queries: 140, keys: 530, channels };
+        const problem = randomProblem(lengths, "f32", mean + channels);
+        problem.q = biased(problem.q, channels, mean, 1);
+        const scale = factor / channels ** 0.5;
+        using tensors = uploadProblem(device, problem, "f32");
+        for (const causal of [false, true]) {
+          const reference = referenceAttention(problem, { causal, scale });
+          for (const exponential of exponentials) {
+            const options = { kernel: "sage2", smoothQ: true, causal, scale, exponential } as const;
+            using out = attention(tensors.q, tensors.k, tensors.v, options);
+            within(
+              relativeL1(await download(out), reference.out),
+              0.054,
+              `mean ${mean}, scale ${factor}, D${channels}, ${exponential}${
+                causal ? ", causal" : ""
+              }`,
+            );
+          }
+        }
+      }
     }
   }
 });

@@ -173,7 +173,7 @@ struct QuantizedWorkspace {
 // Offsets for sage2 on sm_90a.
 struct Sage2Workspace {
   size_t q, q_scales, q_bits, k, k_scales, k_bits, v, v_scales, v_bits, v_peaks, flags, next_item, q_mean, k_mean,
-      v_mean, shifts;
+      v_mean, shifts, shift_peaks;
   size_t bytes;
 
   Sage2Workspace(const AttentionShape& shape, const Plan& plan) {
@@ -198,7 +198,9 @@ struct Sage2Workspace {
     q_mean = carver.take_if(plan.smooth_q, blocks * shape.head_dim, 4);
     k_mean = carver.take_if(plan.smooth_k, k_planes * shape.head_dim, 4);
     v_mean = carver.take(k_planes * dim, 4);
-    shifts = carver.take_if(plan.smooth_q, blocks * (tiles / k_planes) * plan.block_k, 4);
+    const int64_t shift_count = blocks * (tiles / k_planes) * plan.block_k;
+    shifts = carver.take_if(plan.smooth_q, shift_count, 4);
+    shift_peaks = carver.take_if(plan.smooth_q, shift_count / sm90::kShiftsOfPeak, 4);
     bytes = carver.bytes();
   }
 
@@ -222,6 +224,7 @@ struct Sage2Workspace {
     packed.k_mean = plan.smooth_k ? floats(k_mean) : nullptr;
     packed.v_mean = floats(v_mean);
     packed.shifts = plan.smooth_q ? floats(shifts) : nullptr;
+    packed.shift_peaks = plan.smooth_q ? floats(shift_peaks) : nullptr;
     return packed;
   }
 };

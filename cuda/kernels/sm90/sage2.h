@@ -17,10 +17,12 @@ struct Sage2Tiles {
   int v_width;  // tokens of a chunk of V: its rows have as many bytes
 };
 
-constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential, bool smooth_q, bool band) {
-  if (padded_head_dim == 64) return fast_exponential || smooth_q || band ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
+constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential, bool band) {
+  if (padded_head_dim == 64) return fast_exponential || band ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
   return {128, 128};
 }
+
+constexpr int kShiftsOfPeak = 16;  // that share a largest magnitude
 
 // Channels of Q and K lie in panels of so many bytes.
 constexpr int panel_width(int padded_head_dim) { return padded_head_dim < 128 ? padded_head_dim : 128; }
@@ -50,9 +52,10 @@ struct Sage2Packed {
   float* q_mean;        // [Hq planes][query blocks][D], of each block, or null
   float* k_mean;        // [Hkv planes][D] or null
   float* v_mean;        // [Hkv planes][padded_head_dim]
-  // Where queries are smoothed: what that takes from the scores of a block with a key, base 2. Keys are permuted within
-  // every 16: position 4c + e (c, e = 0..3) holds key 2c + (e & 1) + 8 * (e >> 1).
-  float* shifts;  // [Hq planes][query blocks][tiles * block_n]
+  // Where queries are smoothed: what that takes from the scores of a block with a key, base 2, finite. Keys are
+  // permuted within every 16: position 4c + e (c, e = 0..3) holds key 2c + (e & 1) + 8 * (e >> 1).
+  float* shifts;       // [Hq planes][query blocks][tiles * block_n]
+  float* shift_peaks;  // [Hq planes][query blocks][tiles * block_n / 16]: largest magnitudes
 };
 // V's tokens are permuted within every 32, so that the fragment of scores, packed to bytes, is the fragment of P:
 // position 4c + e (c, e = 0..3) holds token 2c + (e & 1) + 8 * (e >> 1), position 16 + 4c + e the one 16 further.

@@ -24,7 +24,12 @@ void launch_exact(const Sage2Op& op, const Sage2Params& params, cudaStream_t str
 
 template <int kHeadDim>
 void launch_for(const Sage2Op& op, const Sage2Params& params, cudaStream_t stream) {
-  if (op.plan.fast_exponential) return launch<Sage2Config<kHeadDim, true>>(params, stream);
+  if (op.plan.fast_exponential) {
+    if constexpr (kHeadDim < 256) {
+      if (op.plan.smooth_q) return launch<Sage2Config<kHeadDim, true, true>>(params, stream);
+    }
+    return launch<Sage2Config<kHeadDim, true>>(params, stream);
+  }
   op.plan.smooth_q ? launch_exact<kHeadDim, true>(op, params, stream)
                    : launch_exact<kHeadDim, false>(op, params, stream);
 }
