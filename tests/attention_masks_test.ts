@@ -267,6 +267,28 @@ for (const one of masked) {
   });
 }
 
+deviceTest("windows and alignments run by the code that runs without them", (device) => {
+  const dims: Dims = [1, 2, 200, 64];
+  using x = device.empty(dims, { dtype: "f16" });
+  const windows: MaskOptions[] = [
+    { window: [100, 30] },
+    { causal: true, window: 20 },
+    { causal: true, alignment: "top-left" },
+  ];
+  for (const kernel of kernels) {
+    if (!runs(x, x, x, { kernel })) continue;
+    const { architecture, implementation } = explain(x, x, x, { kernel });
+    for (const options of windows) {
+      const plan = explain(x, x, x, { kernel, ...options });
+      assertEquals(
+        [plan.architecture, plan.implementation],
+        [architecture, implementation],
+        kernel,
+      );
+    }
+  }
+});
+
 deviceTest("windows over many tiles agree with float64", async (device) => {
   const windows: MaskOptions[] = [
     { window: [100, 30] },

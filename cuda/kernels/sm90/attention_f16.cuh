@@ -412,12 +412,7 @@ constexpr int32_t kMaskedScore = static_cast<int32_t>(0xff800000u - static_cast<
 
 // Keeps a factor where neither factor * 0 nor factor * -inf is NaN, and a whole score stays finite. NaN stays.
 __device__ __forceinline__ float clamp_factor(float factor) {
-  float clamped;
-  asm("max.NaN.f32 %0, %1, 0f00800000;\n\t"  // 2^-126
-      "min.NaN.f32 %0, %0, 0f71800000;"      // 2^100
-      : "=f"(clamped)
-      : "f"(factor));
-  return clamped;
+  return factor < 0x1p-126f ? 0x1p-126f : factor > 0x1p100f ? 0x1p100f : factor;
 }
 
 template <ptx::Half kHalf>
@@ -616,7 +611,7 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
       if constexpr (C::kQuantized) {
         if (p.lse_shift != nullptr) lse += p.lse_shift[static_cast<int64_t>(item.plane) * p.q_tokens + row];
       }
-      const bool visible = first_key<C>(p, row) <= last_key<C>(p, row);
+      const bool visible = !C::kEnds || first_key<C>(p, row) <= last_key<C>(p, row);
       p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = visible ? lse : -INFINITY;
     }
   }
@@ -645,7 +640,7 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int in_block = group * 64 + thread / 32 % 4 * 16 + lane / 4 + half * 8, row = item.row0 + in_block;
-    const bool exists = row < p.q_tokens, visible = first_key<C>(p, row) <= last_key<C>(p, row);
+    const bool exists = row < p.q_tokens, visible = !C::kEnds || first_key<C>(p, row) <= last_key<C>(p, row);
     const auto value_of = [&](int n, int e) {
       float value = o[4 * n + 2 * half + e];
       // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
