@@ -15,8 +15,9 @@ void check(cudaError_t status, const char* what, const char* file, int line);
 // ---- mean.cu: the mean of every block_rows rows, in the order that numerics.h fixes -----------------------
 size_t mean_scratch_bytes(const View& x, int64_t block_rows);
 void launch_mean(const View& x, const View& mean, int64_t block_rows, void* scratch, cudaStream_t stream);
-void launch_subtract_mean(const View& x, const View& mean, int64_t block_rows, const View& smoothed,
-                          cudaStream_t stream);
+// The same; `smoothed`, unless it is absent, receives what is left of x.
+void launch_smooth(const View& x, const View& mean, int64_t block_rows, const View& smoothed, void* scratch,
+                   cudaStream_t stream);
 
 // ---- quantize.cu, dequantize.cu ----------------------------------------------------------------------------
 // `not_finite`, where it is not null, receives one bit a row, [B, H, ceil(N / 32)] words: the row holds a value

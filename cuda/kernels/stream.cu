@@ -243,8 +243,7 @@ class CudaStream final : public Stream {
     const Workspace scratch(*this, mean_scratch_bytes(op.x, op.block_rows));
     Stages stages(current_trace());
     stages.begin("smooth");
-    launch_mean(op.x, op.mean, op.block_rows, scratch.at(0), stream_);
-    if (op.smoothed) launch_subtract_mean(op.x, op.mean, op.block_rows, op.smoothed, stream_);
+    launch_smooth(op.x, op.mean, op.block_rows, op.smoothed, scratch.at(0), stream_);
   }
 
   void quantize(const QuantizeOp& op) override {
