@@ -28,6 +28,7 @@ import {
 } from "../mod.ts";
 import { type Candidate, type Choice, choose, score } from "../lib/precision_policy.ts";
 import { deviceTest, download, randomProblem, runs, uploadProblem } from "./devices.ts";
+import { runExample } from "./programs.ts";
 import { type ErrorClass, type Loose, worksStill } from "./refusals.ts";
 import { type Dims, normal, referenceAttention } from "./reference.ts";
 
@@ -652,22 +653,11 @@ deviceTest("calibrate() passes on what a loader or a listener throws", async (de
 Deno.test("calibrate: writes plans that can be read, their pictures, and what they gain", async () => {
   const folder = await Deno.makeTempDir();
   try {
-    const { code, stdout, stderr } = await new Deno.Command(Deno.execPath(), {
-      args: [
-        "run",
-        "--no-prompt",
-        "--allow-ffi=dist",
-        "--allow-env=DENO_SAGE_PATH",
-        "--allow-read",
-        `--allow-write=${folder}`,
-        "examples/calibrate.ts",
-        "tests/data",
-        folder,
-      ],
-      cwd: root,
-      env: { NO_COLOR: "1" },
-    }).output();
-    const text = new TextDecoder().decode(stdout), errors = new TextDecoder().decode(stderr);
+    const { code, text, errors } = await runExample(
+      "calibrate",
+      ["--allow-ffi=dist", "--allow-env=DENO_SAGE_PATH", "--allow-read", `--allow-write=${folder}`],
+      ["tests/data", folder],
+    );
     assertEquals(code, 0, text + errors);
     assert(!errors.includes("█"), "no progress bar where there is no terminal");
     const names = [...Deno.readDirSync(folder)].map(({ name }) => name).sort();
@@ -695,21 +685,13 @@ Deno.test("calibrate: writes plans that can be read, their pictures, and what th
 Deno.test("calibrate: says what is wrong with a folder", async () => {
   const folder = await Deno.makeTempDir();
   try {
-    const { code, stderr } = await new Deno.Command(Deno.execPath(), {
-      args: [
-        "run",
-        "--no-prompt",
-        "--allow-ffi",
-        "--allow-env",
-        "--allow-read",
-        "examples/calibrate.ts",
-        folder,
-      ],
-      cwd: root,
-      env: { NO_COLOR: "1" },
-    }).output();
+    const { code, errors } = await runExample(
+      "calibrate",
+      ["--allow-ffi", "--allow-env", "--allow-read"],
+      [folder],
+    );
     assertEquals(code, 1);
-    assertStringIncludes(new TextDecoder().decode(stderr), "holds no safetensors.");
+    assertStringIncludes(errors, "holds no safetensors.");
   } finally {
     await Deno.remove(folder, { recursive: true });
   }

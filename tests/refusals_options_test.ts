@@ -10,6 +10,7 @@ import {
   quantize,
   smooth,
 } from "../mod.ts";
+import { kernels } from "./devices.ts";
 import {
   type Case,
   type ErrorClass,
@@ -85,16 +86,7 @@ refuses(
   ),
 );
 
-const kernels = [
-  "auto",
-  "flash",
-  "sage1",
-  "sage1-int8",
-  "sage2",
-  "sage2-int4",
-  "sage2++",
-  "sage-int8",
-] as const;
+const everyKernel = ["auto", ...kernels] as const;
 
 /** Options that only one kernel takes. */
 const ofOneKernel = [
@@ -143,7 +135,7 @@ refuses(
       says: [`${cannot} smoothK with kMeanRows must be absent or true: current value is false.`],
     },
     ...ofOneKernel.flatMap(([option, name, only]): Case[] =>
-      [...kernels.filter((kernel) => kernel !== only), undefined].map((kernel) => ({
+      [...everyKernel.filter((kernel) => kernel !== only), undefined].map((kernel) => ({
         name: `${call.name}() with ${Deno.inspect(option)} and kernel ${kernel}`,
         call: ({ q, k, v }) => call(q, k, v, { ...option, ...kernel && { kernel } }),
         error: TypeError,
