@@ -34,11 +34,11 @@ const libraryName = "libsage.so";
 const bundleName = "sage_attention.js";
 
 /**
- * Architectures of `--arch all`. Code for 8.0 runs on every 8.x; newer GPUs than Hopper compile the PTX of the first
- * one when they load it, until there are kernels of their own.
+ * Architectures of `--arch all`. Code for 8.0 runs on every 8.x; newer GPUs than Hopper compile the PTX when they load
+ * it, which is of the level that has FP8 products.
  */
 const allArchitectures = ["80", "90a"];
-const fallbackPtx = "80";
+const fallbackPtx = "89";
 
 /** Sums of products, in which a * b + c may round once; all else must equal the CPU's results bit for bit. */
 const contractingSources = /\/(flash\w*|\w*attention\w*|row_products)\.cu$/;

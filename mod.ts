@@ -40,6 +40,7 @@ export {
   Device,
   type DeviceInfo,
   type DeviceKind,
+  type DeviceOptions,
   type MemoryStats,
   type Stage,
 } from "./lib/device.ts";

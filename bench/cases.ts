@@ -38,6 +38,12 @@ export function variantsOf({ causal }: Pick<Shape, "causal">): Variant[] {
   return variants.filter(({ band }) => causal || !band);
 }
 
+/** Those whose portable kernels a record sets beside others' on a newer GPU. */
+export const portableVariants: readonly Variant[] = [
+  { kernel: "flash" },
+  { kernel: "sage1", pvAccumulator: "f32" },
+];
+
 /** What a record calls it. */
 export function labels(
   { kernel, pvAccumulator, exponential, smoothQ, band }: Variant,
@@ -105,6 +111,15 @@ function gpuRecord(): Case[] {
     decodeShape(16, 8192),
     decodeShape(64, 8192),
   ].map(bf16);
+}
+
+/** The oldest architecture, and what a record holds of its kernels; nothing where they are the device's own. */
+export const oldest = 80;
+export function portableCases({ kind, info }: Device): Case[] {
+  if (kind === "cpu" || Number(info.computeCapability) < 9) return [];
+  return product(masks, [4096, 16384]).map(([causal, tokens]) =>
+    bf16(gpuShape(128, causal, tokens))
+  );
 }
 
 /** The same for the CPU, whose kernels take f32 as it is. */

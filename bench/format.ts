@@ -17,7 +17,8 @@ export type Stages = Record<string, number>;
 
 /** One measurement. */
 export interface Row {
-  group: "attention" | "decode" | "quantize" | "smooth";
+  /** `portable`: attention by the kernels of an older `architecture`. */
+  group: "attention" | "decode" | "quantize" | "smooth" | "portable";
   /** Ours by name; others' as "pytorch-fa2" and "cudnn"; quantizers as "i8 thread". */
   kernel: string;
   headDim: number;
@@ -52,6 +53,8 @@ export interface Row {
   smoothQ?: boolean;
   /** Whether the sink and the diagonal ran in the precision of the inputs. */
   band?: boolean;
+  /** The compute capability whose kernels ran, 80 for 8.0, where that is not the device's own. */
+  architecture?: number;
   /** Which code ran. */
   implementation?: string;
   /** Of a block. */
@@ -81,6 +84,20 @@ export interface MaskRow {
   against: string;
   ms: number;
   plainMs: number;
+  noise: number;
+}
+
+/** Time of one call on an idle device, from the call until a program that waits for it goes on. */
+export interface LatencyRow {
+  kernel: string;
+  accumulator?: "f32" | "f16";
+  exp?: "exact" | "fast";
+  smoothQ?: boolean;
+  band?: boolean;
+  heads: number;
+  tokens: number;
+  headDim: number;
+  ms: number;
   noise: number;
 }
 
@@ -138,6 +155,7 @@ export interface Results {
   peers?: Record<string, string | number>;
   rows: Row[];
   masks?: MaskRow[];
+  latency?: LatencyRow[];
   accuracy: Accuracy[];
 }
 
@@ -146,6 +164,7 @@ export function describe(row: Row): string {
   return [
     row.group,
     nameOf(row),
+    row.architecture === undefined ? undefined : `as on sm_${row.architecture}`,
     row.operand,
     `D=${row.headDim}`,
     row.causal === undefined ? undefined : row.causal ? "causal" : "full",

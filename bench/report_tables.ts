@@ -43,13 +43,14 @@ const peerNames: Record<string, string> = {
 };
 
 /** "`sage1`, FP16 sums", "`sage2`, fast exponential, kernel alone", "PyTorch, cuDNN" */
-export function title(row: Named & Partial<Pick<Row, "endToEnd">>): string {
+export function title(row: Named & Partial<Pick<Row, "endToEnd" | "architecture">>): string {
   const parts = [
     peerNames[row.kernel] ?? `\`${row.kernel}\``,
     row.accumulator === "f16" ? "FP16 sums" : undefined,
     row.exp === "fast" ? "fast exponential" : undefined,
     row.smoothQ ? "smoothed Q" : undefined,
     row.band ? "precision band" : undefined,
+    row.architecture === undefined ? undefined : `as on sm_${row.architecture}`,
     row.endToEnd ?? true ? undefined : "kernel alone",
   ];
   return parts.filter((part) => part !== undefined).join(", ");
@@ -57,7 +58,8 @@ export function title(row: Named & Partial<Pick<Row, "endToEnd">>): string {
 
 /** What tells one kernel's rows from another's. */
 export function seriesOf(row: Row): string {
-  return `${nameOf(row)}${row.endToEnd ? "" : " alone"}`;
+  const older = row.architecture === undefined ? "" : ` as on ${row.architecture}`;
+  return `${nameOf(row)}${older}${row.endToEnd ? "" : " alone"}`;
 }
 
 // ---- speed ---------------------------------------------------------------------------------------
@@ -133,6 +135,26 @@ function shortTable(results: Results): string {
   return speedTable(rows, columns, "TFLOP/s");
 }
 
+/** The kernels of older GPUs on this one, beside what others wrote for those. */
+export function portableTable({ rows }: Results): string {
+  const portable = rows.filter(({ group }) => group === "portable");
+  if (!portable.length) return "";
+  const shapeOf = ({ headDim, causal, batch, heads, kvHeads, tokens, dtype }: Row) =>
+    [headDim, causal, batch, heads, kvHeads, tokens, dtype].join(" ");
+  const shapes = distinct(portable.map(shapeOf));
+  const beside = rows.filter((row) =>
+    row.group === "attention" && row.kernel === "pytorch-fa2" && shapes.includes(shapeOf(row))
+  );
+  const columns = shapes.map((shape): Column => {
+    const { headDim, causal, tokens } = portable.find((row) => shapeOf(row) === shape)!;
+    return [
+      `D ${headDim}${causal ? " causal" : ""}, ${kilo(tokens)}`,
+      (row) => shapeOf(row) === shape,
+    ];
+  });
+  return speedTable([...portable, ...beside], columns, unitOf(portable));
+}
+
 /** How much faster than the same work without a mask every kernel is. */
 export function maskTable({ masks = [] }: Results): string {
   if (!masks.length) return "";
@@ -149,6 +171,16 @@ export function maskTable({ masks = [] }: Results): string {
     "speed over that without",
     ...cases.map((what) => `${what}, over ${against(what)}`),
   ], body);
+}
+
+/** How long one small call takes. */
+export function latencyTable({ latency = [] }: Results): string {
+  if (!latency.length) return "";
+  const [{ heads, tokens, headDim }] = latency;
+  return table(
+    [`${heads} heads, ${tokens} tokens, D ${headDim}`, "µs from launch to result"],
+    latency.map((row) => [title(row), (1e3 * row.ms).toFixed(1)]),
+  );
 }
 
 /** Rows of other shapes, one a line: grouped queries, batches, heads. */

@@ -1,6 +1,14 @@
 // Rows of a record: every kernel on a case, measured in turn.
 import type { AttentionPlan, Device } from "../mod.ts";
-import { type Case, labels, planOf, Problem, type Variant, variantsOf } from "./cases.ts";
+import {
+  type Case,
+  labels,
+  planOf,
+  portableVariants,
+  Problem,
+  type Variant,
+  variantsOf,
+} from "./cases.ts";
 import { nameOf, type Row } from "./format.ts";
 import { type Measurement, measureTogether, type RandomTensors, Timed } from "./measure.ts";
 import { attentionRow, type Skips } from "./peers.ts";
@@ -32,15 +40,28 @@ export async function attentionRows(
   one: Case,
   budgetMs: number,
   skips: Skips,
+  variants = variantsOf(one.shape),
 ): Promise<Row[]> {
   using problem = new Problem(random, one);
-  const able = variantsOf(one.shape).flatMap((variant) => {
+  const able = variants.flatMap((variant) => {
     const name = nameOf(labels(variant));
     const plan = planOf(random.device, one, variant, (reason) => skips.skip(`${name}: ${reason}`));
     return plan ? [{ variant, plan, timed: problem.timed(variant), stages: true }] : [];
   });
   const measured = await measureTogether(able, budgetMs);
   return able.flatMap(({ variant, plan }, i) => rowsOf(one, variant, plan, measured[i]));
+}
+
+/** The kernels of an older GPU, on a device that was opened as one. */
+export async function portableRows(
+  random: RandomTensors,
+  one: Case,
+  architecture: number,
+  budgetMs: number,
+  skips: Skips,
+): Promise<Row[]> {
+  const rows = await attentionRows(random, one, budgetMs, skips, [...portableVariants]);
+  return rows.map((row) => ({ ...row, group: "portable", architecture }));
 }
 
 /** Every way to quantize and to smooth. */

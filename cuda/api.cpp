@@ -253,21 +253,6 @@ void check_shapes(const Tensors& tensors, const View& q, const View& k, const Vi
   tensors.expect("lse", lse, 3, 1, "one value a row");
 }
 
-AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, const Masking& masking) {
-  return {q.batch(),
-          q.heads(),
-          k.heads(),
-          q.tokens(),
-          k.tokens(),
-          q.channels(),
-          v.channels(),
-          q.dtype,
-          o.dtype,
-          masking.after == 0,
-          has_boxes(q) && has_boxes(k) && has_boxes(v),
-          masking};
-}
-
 float resolve_scale(const sage_attention_options& options, const View& q) {
   return options.scale == 0 ? 1.0f / std::sqrt(float(q.channels())) : options.scale;
 }
@@ -589,12 +574,17 @@ sage_status sage_device_describe(int32_t device, sage_device_info* info, char* e
 // ---- streams --------------------------------------------------------------------------------------------
 
 sage_status sage_stream_create(int32_t device, uint64_t* stream, char* error, size_t error_size) {
+  return sage_stream_create_for(device, 0, stream, error, error_size);
+}
+
+sage_status sage_stream_create_for(int32_t device, int32_t architecture, uint64_t* stream, char* error,
+                                   size_t error_size) {
   return guarded(error, error_size, [&] {
     constexpr const char* kAction = "create a stream";
     check_pointer(kAction, "stream", stream);
     check_device(kAction, device);
     if (device != SAGE_CPU) check_cuda_device(kAction, device);
-    store(stream, Registry::shared().open_stream(device)->id);
+    store(stream, Registry::shared().open_stream(device, architecture)->id);
   });
 }
 

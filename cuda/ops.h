@@ -112,7 +112,9 @@ struct Plan {
   float p_range, v_range;  // largest code of P and V; 448 unless sage2++
   int block_q, block_k;
   int padded_head_dim;
-  int key_splits;  // CUDA flash for few queries: parts of the keys that are added up at the end; else 0
+  int key_splits;      // CUDA flash for few queries: parts of the keys that are added up at the end; else 0
+  bool fp8_products;   // portable CUDA kernels: P.V by FP8 tensor cores, else codes are multiplied as FP16 numbers
+  bool int4_products;  // portable CUDA kernels: Q.K by INT4 tensor cores, else INT4 codes are multiplied as INT8
   size_t workspace_bytes;
   std::string implementation, reason;
 };
@@ -185,6 +187,8 @@ class Stream {
 struct DeviceTraits {
   bool cpu = true;
   int compute_capability = 0;  // 90 for sm_90
+  int code_level = 0;          // features that its portable kernels were compiled with: 80, or 89 for FP8 too
+  int architecture = 0;        // the compute capability whose kernels it uses; see choose_architecture()
   int multiprocessors = 0;
   std::string implementation;  // of the CPU device: "cpu avx512"
 };
@@ -196,7 +200,7 @@ sage_device_info describe_cpu();
 int cuda_device_count();  // throws Error{SAGE_NO_DEVICE} with the reason where there is none
 std::unique_ptr<Stream> open_cuda_stream(int ordinal);
 sage_device_info describe_cuda(int ordinal);
-DeviceTraits cuda_traits(int ordinal);
+DeviceTraits cuda_traits(int ordinal);  // with its own architecture
 DeviceTraits cpu_traits();
 
 // ---- plans ----------------------------------------------------------------------------------------------
@@ -224,7 +228,23 @@ inline bool has_boxes(const View& view) {
   return true;
 }
 
+inline AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, const Masking& masking) {
+  return {q.batch(),
+          q.heads(),
+          k.heads(),
+          q.tokens(),
+          k.tokens(),
+          q.channels(),
+          v.channels(),
+          q.dtype,
+          o.dtype,
+          masking.after == 0,
+          has_boxes(q) && has_boxes(k) && has_boxes(v),
+          masking};
+}
+
 // Pure: throws SAGE_UNSUPPORTED, with the allowed values, where the device cannot do it.
+int choose_architecture(const DeviceTraits& device, int wanted);  // 0: its own
 Plan plan_attention(const AttentionShape& shape, const sage_attention_options& options, const DeviceTraits& device);
 Plan plan_attention_quantized(const AttentionShape& shape, const sage_attention_quantized_call& call,
                               const DeviceTraits& device);

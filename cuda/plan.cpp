@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <vector>
 
 #include "cpu/cpu.h"
 #include "validate.h"
@@ -116,12 +117,34 @@ std::string asked_for(Kernel kernel) { return std::string(kernel_name(kernel)) +
 
 }  // namespace
 
+int choose_architecture(const DeviceTraits& device, int wanted) {
+  constexpr const char* kAction = "use a device";
+  if (device.cpu) {
+    if (wanted == 0) return 0;
+    SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(kAction, "architecture", "be absent (0) on the CPU", wanted));
+  }
+  if (wanted == 0) return device.compute_capability;
+  std::vector<int> allowed = {80};
+  if (device.compute_capability >= 89 && device.code_level >= 89) allowed.push_back(89);
+  if (device.compute_capability != allowed.back()) allowed.push_back(device.compute_capability);
+  if (std::find(allowed.begin(), allowed.end(), wanted) != allowed.end()) return wanted;
+  std::string must = "be ";
+  for (size_t i = 0; i < allowed.size(); i++) {
+    must += (i == 0 ? "" : i + 1 < allowed.size() ? ", " : " or ") + std::to_string(allowed[i]);
+  }
+  SAGE_FAIL(SAGE_UNSUPPORTED, cannot(kAction, "architecture", must + " on this CUDA device", wanted));
+}
+
 Plan plan_attention(const AttentionShape& shape, const sage_attention_options& options, const DeviceTraits& device) {
   Plan plan{};
   plan.kernel = Kernel(options.kernel);
+  const bool beyond = options.rotate == SAGE_ON || options.first_token == SAGE_ON || options.k_mean_rows != 0;
   if (plan.kernel == Kernel::kAuto && !device.cpu && options.band == SAGE_ON) {
     plan.kernel = Kernel::kSage2;
-    plan.reason = "auto: sage2 is the kernel that has the precision band on CUDA devices";
+    plan.reason = "auto: sage2 has the fastest precision band of CUDA devices";
+  } else if (plan.kernel == Kernel::kAuto && !device.cpu && beyond) {
+    plan.kernel = Kernel::kSage1;
+    plan.reason = "auto: sage1 is the most accurate of the quantized kernels, which alone have these options";
   } else if (plan.kernel == Kernel::kAuto) {
     plan.kernel = device.cpu ? cpu_auto_kernel(shape, plan.reason) : cuda_auto_kernel(shape, device, plan.reason);
   } else {

@@ -17,7 +17,7 @@ namespace {
             "Cannot run attention as " + what + " must be " + must + ": current value is " + value + ".");
 }
 
-bool is_hopper(const DeviceTraits& device) { return device.compute_capability == 90; }
+bool is_hopper(const DeviceTraits& device) { return device.architecture == 90; }
 
 void check_tokens(const AttentionShape& shape) {
   constexpr int64_t kMostTokens = (int64_t{1} << 31) - 1024;
@@ -27,17 +27,6 @@ void check_tokens(const AttentionShape& shape) {
                                   " tokens on a CUDA device: current value is " + std::to_string(tokens) + ".");
 }
 
-// What only the CPU device has.
-void check_beyond(const Plan& plan, const AttentionShape& shape) {
-  constexpr const char* kMust = "off (1) on a CUDA device (kernel flash is exact), or the device must be the CPU";
-  if (plan.rotate) refuse("options.rotate", kMust, "on (2)");
-  if (plan.first_token) refuse("options.first_token", kMust, "on (2)");
-  if (plan.k_mean_rows < shape.k_tokens) {
-    refuse("options.k_mean_rows", "0 on a CUDA device (kernel flash is exact), or the device must be the CPU",
-           std::to_string(plan.k_mean_rows));
-  }
-}
-
 // Causal masks that end at the last key, or none.
 bool has_plain_mask(const AttentionShape& shape) {
   const Masking& masking = shape.masking;
@@ -45,46 +34,61 @@ bool has_plain_mask(const AttentionShape& shape) {
   return !cuda::is_general(masking) && masking.before == kUnlimited && (causal || masking.after == kUnlimited);
 }
 
-// What keeps a call from sm_90a's own kernel of sage2 and sage2-int4; empty: nothing.
+// What keeps the precision band from sm_90a's own kernel, which copies tiles as boxes of 16-bit numbers.
+std::string not_for_hopper_band(const AttentionShape& shape, const Plan& plan) {
+  if (shape.dtype == DType::kF32) return "the band has f32 operands";
+  if (std::max(shape.head_dim, shape.v_dim) > 128) return "the band has head dimensions above 128";
+  if (!shape.boxes) return "the band has addresses or strides that are not multiples of 16 bytes";
+  if (plan.smooth_q) return "the band has smoothed queries";
+  if (shape.masking.before != kUnlimited) return "the band has a window";
+  return "";
+}
+
+// What keeps a quantized call from all kernels of sm_90a; empty: nothing.
+std::string not_for_hopper_beyond(const AttentionShape& shape, const Plan& plan) {
+  if (plan.first_token) return "the first key is apart";
+  if (cuda::has_tile_means(plan, shape.k_tokens)) return "tiles of keys have means of their own";
+  return "";
+}
+
+bool has_hopper_sage2(Kernel kernel) {
+  return kernel == Kernel::kSage2 || kernel == Kernel::kSage2Int4 || kernel == Kernel::kSage2PP;
+}
+
+// What keeps a call from sm_90a's own kernel of sage2, sage2-int4 and sage2++; empty: nothing.
 std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) {
   if (bits_per_element(shape.dtype) < 16) return "operands are codes";
   if (plan.granularity != SAGE_GRANULARITY_THREAD) return "scales are not per thread";
   if (cuda::is_general(shape.masking)) return "keys or scores are masked";
-  return "";
+  if (plan.rotate) return "q and k are rotated";
+  if (plan.kernel == Kernel::kSage2PP) {
+    if (plan.smooth_q) return "queries are smoothed";
+    if (plan.p_range != cuda::sm90::kHalfWeightRange) return "P and V have other ranges than 112 and 9";
+    if (plan.band) return "sage2++ has another band";
+  }
+  const std::string beyond = not_for_hopper_beyond(shape, plan);
+  return beyond.empty() && plan.band ? not_for_hopper_band(shape, plan) : beyond;
 }
 
 // Whether flash or sage1 runs on sm_90a's own kernel: boxes of Q, K and V, and what sage1's scales allow.
 bool suits_hopper_f16(const AttentionShape& shape, const Plan& plan) {
   const int64_t items = shape.batch * shape.q_heads * ((shape.q_tokens + 127) / 128);
-  if (items >= int64_t{1} << 30 || !has_plain_mask(shape) || bits_per_element(shape.dtype) < 16) return false;
+  if (items >= int64_t{1} << 30 || shape.q_tokens + shape.k_tokens >= cuda::sm90::kMostF16Tokens) return false;
+  if (cuda::is_general(shape.masking) || bits_per_element(shape.dtype) < 16) return false;
   if (plan.kernel == Kernel::kFlash) return shape.dtype != DType::kF32 && shape.boxes;
   const bool converts_v = shape.dtype != DType::kF16 || plan.smooth_v;
   const bool groups = plan.k_grouping != Grouping::kToken && plan.k_group_rows == 64;
   return plan.kernel == Kernel::kSage1 && groups && !plan.smooth_q && !plan.f16_accumulator &&
-         (converts_v || shape.boxes);
-}
-
-// The band on sm_90a: its tiles are copied as boxes of 16-bit numbers.
-void check_hopper_band(const AttentionShape& shape, const Plan& plan) {
-  const auto check = [](bool good, const char* what, const char* must, const std::string& value) {
-    if (!good) refuse(what, std::string(must) + " with options.band on (2), or the kernel flash", value);
-  };
-  check(shape.dtype != DType::kF32, "q.dtype", "f16 or bf16", "f32");
-  check(plan.padded_head_dim <= 128, "the head dimension", "at most 128",
-        std::to_string(std::max(shape.head_dim, shape.v_dim)));
-  check(shape.boxes, "the addresses and strides of q, k and v", "multiples of 16 bytes", "one that is not");
-  check(!plan.smooth_q, "options.smooth_q", "off (1)", "on (2)");
-  check(shape.masking.before == kUnlimited, "options.windowed", "0", "1");
+         !cuda::is_beyond(plan, shape.k_tokens) && (converts_v || shape.boxes);
 }
 
 void set_hopper_sage2(const AttentionShape& shape, Plan& plan) {
-  if (plan.band) check_hopper_band(shape, plan);
-  if (plan.smooth_q && plan.fast_exponential) {
-    refuse("options.exponential", "exact (1) where queries are smoothed on this CUDA device, or the kernel flash",
+  if (plan.smooth_q && plan.fast_exponential && plan.padded_head_dim > 128) {
+    refuse("options.exponential",
+           "exact (1) where queries of more than 128 channels are smoothed on this CUDA device, or the kernel flash",
            "fast (2)");
   }
-  const cuda::sm90::Sage2Tiles tiles =
-      cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.smooth_q, plan.band);
+  const cuda::sm90::Sage2Tiles tiles = cuda::sm90::sage2_tiles(plan.padded_head_dim, plan.fast_exponential, plan.band);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = cuda::sm90::kBlockM;
@@ -111,20 +115,34 @@ void choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& devic
 }
 
 void set_hopper_f16(const AttentionShape& shape, Plan& plan) {
-  const cuda::sm90::F16Tiles tiles =
-      cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1, shape.causal, shape.q_tokens);
+  const cuda::sm90::F16Tiles tiles = cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1,
+                                                           cuda::sm90::f16_mask(shape.masking), shape.q_tokens);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = tiles.block_q;
   plan.block_k = tiles.block_k;
 }
 
-void set_portable(const AttentionShape& shape, Plan& plan) {
-  plan.architecture = 80;
-  plan.implementation = "sm_80 mma";
+// Tensor cores for FP8 are those of 8.9 and 12.x, for INT4 those of 8.x; elsewhere mma.sync emulates them. What goes
+// beyond the papers is for accuracy, and has the products that are everywhere; rotated rows have codes of a byte.
+void set_products(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  if (cuda::is_beyond(plan, shape.k_tokens)) return;
+  const bool int4 = plan.kernel == Kernel::kSage2Int4;
+  const bool fp8 = int4 || plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2PP;
+  plan.fp8_products = fp8 && device.code_level >= 89 && (device.architecture == 89 || device.architecture >= 120);
+  plan.int4_products = int4 && !plan.rotate && device.architecture <= 89 && bits_per_element(shape.dtype) >= 16 &&
+                       !cuda::is_general(shape.masking);
+}
+
+void set_portable(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
+  set_products(shape, device, plan);
+  plan.architecture = plan.fp8_products ? 89 : 80;
+  plan.implementation = "sm_" + std::to_string(plan.architecture) + " mma";
+  if (plan.int4_products) plan.implementation += ", INT4";
+  if (plan.fp8_products) plan.implementation += ", FP8";
   plan.block_k = 64;
   const cuda::AttentionTuning tuning = cuda::attention_tuning(
-      plan, shape.masking, cuda::has_column_terms(plan, plan.smooth_q), static_cast<long long>(shape.k_tokens));
+      plan, shape.masking, cuda::has_column_terms(plan, plan.smooth_q, shape.k_tokens), shape.k_tokens);
   plan.block_q = tuning.block_q();
   plan.block_k = tuning.block_k;
 }
@@ -132,35 +150,27 @@ void set_portable(const AttentionShape& shape, Plan& plan) {
 // Which kernel runs, its tiles, and why where one would expect another.
 void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   check_tokens(shape);
-  if (plan.kernel == Kernel::kSageInt8) {
-    refuse("options.kernel",
-           "flash, sage1, sage1-int8, sage2, sage2-int4 or sage2++ on this CUDA device, or the device the CPU",
-           kernel_name(plan.kernel));
-  }
   plan.padded_head_dim = cuda::padded_head_dim(static_cast<int>(std::max(shape.head_dim, shape.v_dim)));
-  const bool hopper_sage2 = is_hopper(device) && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
-  if (plan.band && !hopper_sage2) {
-    refuse("options.band",
-           "off (1) on a CUDA device, but for sage2 and sage2-int4 on compute capability 9.0, or the kernel flash",
-           "on (2)");
-  }
+  const bool hopper_sage2 = is_hopper(device) && has_hopper_sage2(plan.kernel);
   if (hopper_sage2) {
     const std::string obstacle = not_for_hopper_sage2(shape, plan);
     if (obstacle.empty()) return set_hopper_sage2(shape, plan);
-    if (plan.band) refuse("options.band", "off (1) as " + obstacle + ", or the kernel flash", "on (2)");
     plan.reason += "; by the portable kernel, as " + obstacle;
     if (plan.fast_exponential) {
       refuse("options.exponential", "default (0) or exact (1) as " + obstacle + " (flash has no choice)", "fast (2)");
     }
   } else if (is_hopper(device) && suits_hopper_f16(shape, plan)) {
     return set_hopper_f16(shape, plan);
-  } else if (is_hopper(device) && !has_plain_mask(shape)) {
-    plan.reason += "; by the portable kernel, as keys or scores are masked";
+  } else if (is_hopper(device)) {
+    std::string obstacle =
+        cuda::is_general(shape.masking) ? "keys or scores are masked" : not_for_hopper_beyond(shape, plan);
+    if (obstacle.empty() && plan.band) obstacle = "only sage2 and sage2-int4 have another band";
+    if (!obstacle.empty()) plan.reason += "; by the portable kernel, as " + obstacle;
   }
   if (plan.fast_exponential) {
     refuse("options.exponential", "default (0) or exact (1) on this CUDA device (flash has no choice)", "fast (2)");
   }
-  set_portable(shape, plan);
+  set_portable(shape, device, plan);
 }
 
 }  // namespace
@@ -201,7 +211,6 @@ bool cuda_fast_exponential(const AttentionShape& shape, const DeviceTraits& devi
 }
 
 void plan_cuda(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
-  check_beyond(plan, shape);
   if (plan.kernel == Kernel::kFlash && shape.dtype == DType::kF32) {
     refuse("q.dtype", "f16 or bf16 for flash on a CUDA device", "f32");
   }

@@ -32,11 +32,12 @@ Registry& Registry::shared() {
 
 // ---- streams --------------------------------------------------------------------------------------------
 
-std::shared_ptr<OpenStream> Registry::open_stream(int device) {
+std::shared_ptr<OpenStream> Registry::open_stream(int device, int architecture) {
   auto stream = std::make_shared<OpenStream>();
   stream->device = device;
-  stream->traits = device == SAGE_CPU ? cpu_traits() : cuda_traits(device);
   stream->queue = device == SAGE_CPU ? open_cpu_stream() : open_cuda_stream(device);
+  stream->traits = device == SAGE_CPU ? cpu_traits() : cuda_traits(device);
+  stream->traits.architecture = choose_architecture(stream->traits, architecture);
   std::lock_guard lock(mutex_);
   stream->id = next_id_++;
   streams_.emplace(stream->id, stream);

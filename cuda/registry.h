@@ -63,9 +63,9 @@ class Registry {
  public:
   static Registry& shared();
 
-  std::shared_ptr<OpenStream> open_stream(int device);
-  std::shared_ptr<OpenStream> stream(uint64_t id);  // throws where it is not alive
-  void close_stream(uint64_t id);                   // refuses new work, then waits for the old
+  std::shared_ptr<OpenStream> open_stream(int device, int architecture);  // 0: the device's own
+  std::shared_ptr<OpenStream> stream(uint64_t id);                        // throws where it is not alive
+  void close_stream(uint64_t id);                                         // refuses new work, then waits for the old
   std::vector<std::shared_ptr<OpenStream>> streams(int device);
 
   uint64_t add_event(std::shared_ptr<OpenEvent> event);

@@ -223,7 +223,7 @@ typedef struct sage_attention_quantized_call {
 typedef struct sage_plan {
   uint32_t size; /* in: sizeof(sage_plan) */
   int32_t kernel;
-  int32_t architecture; /* what the kernel was compiled for, 80 or 90; 0 for the CPU */
+  int32_t architecture; /* the oldest that has the kernel's instructions, 80, 89 or 90; 0 for the CPU */
   int32_t granularity;
   int32_t smooth_q, smooth_k, smooth_v; /* SAGE_OFF or SAGE_ON */
   int32_t pv_accumulator;
@@ -254,6 +254,10 @@ SAGE_API sage_status sage_device_describe(int32_t device, sage_device_info *info
 
 /* A queue of work on a device. Destroying it waits for the work. */
 SAGE_API sage_status sage_stream_create(int32_t device, uint64_t *stream, char *error, size_t error_size);
+/* The same, with the attention kernels that GPUs of an older compute capability get: 80, 89 (where this device and what
+ * the library was compiled for have its instructions) or the device's own; 0: its own. The CPU has none but 0. */
+SAGE_API sage_status sage_stream_create_for(int32_t device, int32_t architecture, uint64_t *stream, char *error,
+                                            size_t error_size);
 SAGE_API sage_status sage_stream_destroy(uint64_t stream, char *error, size_t error_size);
 SAGE_API sage_status sage_stream_synchronize(uint64_t stream, char *error, size_t error_size);
 /* The same without an error buffer, for callers that wait on another thread; ask again for the sentence. */

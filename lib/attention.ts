@@ -393,7 +393,7 @@ export interface TensorSpec {
 export interface AttentionPlan {
   /** The kernel; never `"auto"`. */
   kernel: Exclude<Kernel, "auto">;
-  /** GPU architecture that it was compiled for, such as `"sm_90"`; empty on the CPU. */
+  /** The oldest GPU architecture that has the kernel's instructions, such as `"sm_90"`; empty on the CPU. */
   architecture: string;
   /** Which rows of Q and K share a scale; absent where nothing is quantized. */
   granularity: Granularity | undefined;
@@ -425,7 +425,7 @@ export interface AttentionPlan {
   paddedHeadDim: number;
   /** Bytes of memory that the call takes besides its tensors, until it is done. */
   workspaceBytes: number;
-  /** Which code runs, such as `"cpu avx512"` or `"sm_80 mma"`. */
+  /** Which code runs, such as `"cpu avx512"` or `"sm_89 mma, FP8"`. */
   implementation: string;
   /** Why this kernel, in one sentence. */
   reason: string;

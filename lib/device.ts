@@ -1,5 +1,5 @@
 // Devices: the CPU and each CUDA device, every one with its own queue of work.
-import { cannot, checkOptions } from "./check.ts";
+import { cannot, checkInteger, checkOptions } from "./check.ts";
 import type { DType, TensorData } from "./dtype.ts";
 import { NoDeviceError } from "./errors.ts";
 import {
@@ -23,6 +23,16 @@ import {
 
 /** The kinds of device. */
 export type DeviceKind = "cpu" | "cuda";
+
+/** Options of {@linkcode Device.open}. */
+export interface DeviceOptions {
+  /**
+   * Uses the attention kernels that GPUs of an older compute capability get, to prove and measure them here: `80`;
+   * `89`, where the GPU is as new and the library holds code for it (FP8 products; Hopper and Blackwell's `100`
+   * emulate them). Default: the device's own. A CUDA device is needed.
+   */
+  architecture?: number;
+}
 
 /** What a device is. */
 export interface DeviceInfo {
@@ -117,11 +127,16 @@ export class Device {
     };
   }
 
-  private constructor(number: number) {
+  private constructor(number: number, architecture: number | undefined) {
+    if (number === cpuDevice && architecture !== undefined) {
+      throw new RangeError(
+        cannot("open a device", "architecture", "be absent on the CPU", architecture),
+      );
+    }
     this.name = deviceName(number);
     this.kind = number === cpuDevice ? "cpu" : "cuda";
     this.index = Math.max(0, number);
-    this.#stream = new Stream(number);
+    this.#stream = new Stream(number, architecture ?? 0);
     finalization.register(this, this.#stream, this);
   }
 
@@ -130,20 +145,44 @@ export class Device {
    *
    * @param name `"cpu"`; `"cuda:N"`; `"cuda"` for `"cuda:0"`; or `"auto"`, the default: `"cuda:0"` where there is a
    * usable one, else `"cpu"`. To learn why there is none, open `"cuda"`: the error says it.
+   * @param options Whose kernels it uses.
    * @returns The device; declare it with `using`.
    * @throws {NoDeviceError} Where there is no such device, no driver, or a driver that is too old.
    * @throws {LibraryNotFoundError} Where the native library is missing or does not fit.
-   * @throws {TypeError | RangeError} Where the name is none of those above.
+   * @throws {UnsupportedError} Where the device cannot run the kernels of the architecture; says which it can.
+   * @throws {TypeError | RangeError} Where the name is none of those above, or an option is unknown or out of range.
+   *
+   * @example
+   * ```ts
+   * import { Device, explain } from "@sage/attention";
+   * import { assertEquals } from "@std/assert";
+   *
+   * using device = Device.open();
+   * if (device.kind === "cuda") { // as on an A100
+   *   using older = Device.open(`cuda:${device.index}`, { architecture: 80 });
+   *   const q = { shape: [1, 8, 4096, 128], dtype: "f16" } as const;
+   *   assertEquals(explain(q, q, q, { kernel: "sage2", device: older }).architecture, "sm_80");
+   * }
+   * ```
    */
-  static open(name: "auto" | "cpu" | "cuda" | `cuda:${number}` = "auto"): Device {
+  static open(
+    name: "auto" | "cpu" | "cuda" | `cuda:${number}` = "auto",
+    options: DeviceOptions = {},
+  ): Device {
     const action = "open a device", must = `be "auto", "cpu", "cuda" or "cuda:N"`;
+    checkOptions(action, options, ["architecture"]);
+    const { architecture } = options;
+    if (architecture !== undefined) {
+      checkInteger(action, "architecture", architecture, 1, 999);
+    }
     if (typeof name !== "string") throw new TypeError(cannot(action, "name", must, name));
     const [, kind, index] = /^(auto|cpu|cuda)(?:(?<=cuda):(\d{1,9}))?$/.exec(name) ?? [];
     if (!kind) throw new RangeError(cannot(action, "name", must, name));
-    if (kind === "cuda") return new Device(Number(index ?? 0));
+    if (kind === "cuda") return new Device(Number(index ?? 0), architecture);
     const native = acquire();
     try {
-      return new Device(kind === "auto" && cudaDeviceCount(native) > 0 ? 0 : cpuDevice);
+      const number = kind === "auto" && cudaDeviceCount(native) > 0 ? 0 : cpuDevice;
+      return new Device(number, architecture);
     } finally {
       release();
     }
@@ -203,7 +242,8 @@ export class Device {
   }
 
   /**
-   * Waits for all work that was enqueued so far, without blocking the event loop.
+   * Waits for all work that was enqueued so far, without blocking the event loop for more than a moment (50 µs, in
+   * which small calls end).
    *
    * @throws {SageError} Where the device failed in the meantime.
    */

@@ -10,11 +10,12 @@ const functions = {
   sage_build_describe: { parameters: ["buffer", ...error], result: "i32" },
   sage_cuda_device_count: { parameters: ["buffer", ...error], result: "i32" },
   sage_device_describe: { parameters: ["i32", "buffer", ...error], result: "i32" },
-  sage_stream_create: { parameters: ["i32", "buffer", ...error], result: "i32" },
+  sage_stream_create_for: { parameters: ["i32", "i32", "buffer", ...error], result: "i32" },
   sage_stream_destroy: { parameters: ["u64", ...error], result: "i32" },
   sage_stream_synchronize: { parameters: ["u64", ...error], result: "i32" },
   // On another thread, and without buffers: ending a worker must not leave native code writing to its memory.
   sage_stream_wait: { parameters: ["u64"], result: "i32", nonblocking: true },
+  sage_stream_query: { parameters: ["u64", "buffer", ...error], result: "i32" },
   sage_memory_allocate: { parameters: ["u64", "u64", "buffer", ...error], result: "i32" },
   sage_memory_free: { parameters: ["u64", "u64", ...error], result: "i32" },
   sage_memory_write: { parameters: ["u64", "u64", "buffer", "u64", ...error], result: "i32" },

@@ -5,6 +5,9 @@ import { acquire, errorBytes, errorSize, nativeError, release, unwrap } from "./
 
 const result = new Struct(8);
 
+/** How long a wait asks before it leaves waiting to another thread, whose answer alone takes longer. */
+const shortWaitMs = 0.05;
+
 /** A native stream. It keeps the library loaded until it is closed. */
 export class Stream {
   /** Device number in sage.h. */
@@ -14,12 +17,18 @@ export class Stream {
   readonly #storages = new Set<Storage>();
   #closed = false;
 
-  /** @param device Device number in sage.h. */
-  constructor(device: number) {
+  /**
+   * @param device Device number in sage.h.
+   * @param architecture The compute capability whose kernels it uses; 0: its own.
+   */
+  constructor(device: number, architecture: number) {
     this.device = device;
     this.#native = acquire();
     try {
-      unwrap(this.#native.sage_stream_create(device, result.bytes, errorBytes, errorSize));
+      const { bytes } = result;
+      unwrap(
+        this.#native.sage_stream_create_for(device, architecture, bytes, errorBytes, errorSize),
+      );
     } catch (error) {
       release();
       throw error;
@@ -68,8 +77,20 @@ export class Stream {
     return storage;
   }
 
-  /** Waits, on another thread, until all that was enqueued is done. */
+  /** Whether all that was enqueued ends within a short wait; what fails is not done. */
+  #endsSoon(): boolean {
+    const native = this.native, end = performance.now() + shortWaitMs;
+    do {
+      const answer = native.sage_stream_query(this.#handle, result.bytes, errorBytes, errorSize);
+      if (answer !== status.ok) return false;
+      if (result.int(0) === 1) return true;
+    } while (performance.now() < end);
+    return false;
+  }
+
+  /** Waits until all that was enqueued is done: a moment here, then on another thread. */
   async wait(): Promise<void> {
+    if (this.#endsSoon()) return;
     const pending = this.native.sage_stream_wait(this.#handle);
     acquire();
     try {

@@ -661,6 +661,7 @@ int main(void) {
   uint64_t stream;
   REFUSED(sage_stream_create(-2, &stream, E), SAGE_INVALID_ARGUMENT, "current value is -2");
   CHECK(sage_stream_create(1000, &stream, E) == SAGE_NO_DEVICE);
+  REFUSED(sage_stream_create_for(SAGE_CPU, 80, &stream, E), SAGE_INVALID_ARGUMENT, "current value is 80");
 
   randomize(q, Q_COUNT, 1);
   randomize(k, K_COUNT, 2);

@@ -1,9 +1,10 @@
 // The precision band of kernel sage2: what it leaves of the error on real tensors, lengths that no tile ends with, and
-// what a device refuses beside it.
-import { assertEquals, assertThrows } from "@std/assert";
+// when Hopper leaves it to the portable kernel.
+import { assertEquals, assertStringIncludes, assertThrows } from "@std/assert";
 import {
   attention,
   type AttentionOptions,
+  explain,
   type FloatDType,
   parseSafetensors,
   relativeL1,
@@ -111,35 +112,28 @@ for (const [at, size] of lengths.entries()) {
   });
 }
 
-deviceTest("what the band on a CUDA device does not go with is refused", (device) => {
-  if (device.name === "cpu") return;
-  const refused = (
-    dtype: FloatDType,
-    channels: number,
-    options: AttentionOptions,
-    says: string,
-  ) => {
+deviceTest("what Hopper's own band does not go with takes the portable kernel", (device) => {
+  const explained = (dtype: FloatDType, channels: number, options: AttentionOptions) => {
     using tensors = uploadProblem(device, randomProblem({ queries: 64, channels }, dtype), dtype);
-    const { q, k, v } = tensors;
-    if (dtype === "f16" && !runs(q, k, v, { kernel: "sage2", causal: true })) return;
-    assertThrows(() => attention(q, k, v, { ...band, ...options }), UnsupportedError, says);
+    return explain(tensors.q, tensors.k, tensors.v, { ...band, ...options });
   };
-  const fine = randomProblem({ queries: 64, channels: 64 }, "f16");
-  using tensors = uploadProblem(device, fine, "f16");
-  const { q, k, v } = tensors;
-  if (!runs(q, k, v, band)) return;
-  refused(
-    "f32",
-    64,
-    {},
-    "q.dtype must be f16 or bf16 with options.band on (2), or the kernel flash",
-  );
-  refused("f16", 256, {}, "the head dimension must be at most 128 with options.band on (2)");
-  refused("f16", 36, {}, "the addresses and strides of q, k and v must be multiples of 16 bytes");
-  refused(
-    "f16",
-    64,
-    { smoothQ: true },
-    "options.smooth_q must be off (1) with options.band on (2)",
-  );
+  if (explained("f16", 64, {}).architecture !== "sm_90") return;
+  const reasons: [FloatDType, number, AttentionOptions, string][] = [
+    ["f32", 64, {}, "the band has f32 operands"],
+    ["f16", 256, {}, "the band has head dimensions above 128"],
+    ["f16", 36, {}, "the band has addresses or strides that are not multiples of 16 bytes"],
+    ["f16", 64, { smoothQ: true }, "the band has smoothed queries"],
+    ["f16", 64, { window: 100 }, "the band has a window"],
+    ["f16", 64, { rotate: true }, "q and k are rotated"],
+  ];
+  for (const [dtype, channels, options, reason] of reasons) {
+    const plan = explained(dtype, channels, options);
+    assertEquals(plan.architecture, "sm_80", reason);
+    assertStringIncludes(plan.reason, `; by the portable kernel, as ${reason}`);
+    assertThrows(
+      () => explained(dtype, channels, { ...options, exponential: "fast" }),
+      UnsupportedError,
+      reason,
+    );
+  }
 });

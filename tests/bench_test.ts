@@ -1,7 +1,7 @@
 // The benches, the records and what is said of them: no figure may stand in a page that the records do not hold.
 import { assert, assertAlmostEquals, assertEquals, assertStringIncludes } from "@std/assert";
 import { fromFileUrl, join } from "@std/path";
-import { recordCases, variants } from "../bench/cases.ts";
+import { portableCases, recordCases, variants } from "../bench/cases.ts";
 import { compare, comparisonLines } from "../bench/compare.ts";
 import { describe, flopOf, type Results, type Row, speedOf } from "../bench/format.ts";
 import { ceiling, gpuOf } from "../bench/gpus.ts";
@@ -29,6 +29,7 @@ import { preparations } from "../bench/preparation.ts";
 import { allPictures, formatted, pages, readRecords } from "../bench/report.ts";
 import { digest } from "../bench/report_pictures.ts";
 import { deviation, modelled, otherSizes } from "../bench/report_scaling.ts";
+import { portableTable, squareRows } from "../bench/report_tables.ts";
 import { attentionRows } from "../bench/rows.ts";
 import { Device } from "../mod.ts";
 import { deviceTest, kernels } from "./devices.ts";
@@ -376,4 +377,26 @@ Deno.test("a record of a GPU covers every length, head dimension and mask, group
   }
   assert(shapes.some(({ heads, kvHeads, queries }) => kvHeads < heads && queries === undefined));
   assert(shapes.filter(({ queries }) => queries === 1).length >= 3);
+});
+
+Deno.test("kernels of older GPUs are measured on newer ones, and kept apart", () => {
+  const gpu = (computeCapability: string) =>
+    portableCases({ kind: "cuda", info: { computeCapability } } as unknown as Device);
+  assertEquals(gpu("8.0").concat(portableCases({ kind: "cpu" } as Device)), []);
+  assertEquals(
+    gpu("9.0").map(({ shape: { headDim, causal, tokens } }) => [headDim, causal, tokens]),
+    [[128, false, 4096], [128, false, 16384], [128, true, 4096], [128, true, 16384]],
+  );
+  const results = run({ flash: 10, "pytorch-fa2": 20 });
+  results.rows[1].peer = true;
+  const [own] = results.rows;
+  const older: Row = { ...own, group: "portable", architecture: 80, tflops: 7, ms: 15 };
+  results.rows.push(older);
+  assertEquals(squareRows(results).length, 2);
+  assert(describe(older) !== describe(own));
+  const lines = portableTable(results).split("\n");
+  assertEquals(lines.length, 4);
+  assertStringIncludes(lines[2], "`flash`, as on sm_80");
+  assertStringIncludes(lines[3], "FlashAttention-2");
+  assertEquals(compare(results, results).moves, []);
 });

@@ -180,6 +180,9 @@ class Fuzzer {
       if (CALL(device == SAGE_CPU, sage_stream_create, device, &id) == SAGE_OK) shared.add(shared.streams, id);
     }
     CALL(false, sage_stream_create, SAGE_CPU, nullptr);
+    if (const auto wrong = int32_t(random.nasty())) {
+      CHECK(CALL(false, sage_stream_create_for, SAGE_CPU, wrong, &id) == SAGE_INVALID_ARGUMENT);
+    }
     CALL(false, sage_stream_query, some_stream(), &idle);
     CALL(false, sage_stream_query, some_stream(), nullptr);
     CALL(strict, sage_stream_synchronize, stream);

@@ -1,4 +1,5 @@
-// Contexts of 128k tokens, on a GPU with room for them: sampled rows against float64, no further off than those of 4k.
+// Contexts of 128k and of a million tokens, on a GPU with room for them: sampled rows against float64, no further off
+// than those of 4k tokens.
 import { assertLess, assertLessOrEqual } from "@std/assert";
 import {
   attention,
@@ -100,15 +101,17 @@ function hasRoom(bytes: number): boolean {
   }
 }
 
-for (const causal of [false, true]) {
-  Deno.test({
-    name: `auto over 128k tokens, ${causal ? "causal" : "full"}, on cuda:0`,
-    ignore: !hasRoom(2e9),
-    fn: async () => {
-      using device = Device.open("cuda:0");
-      const short = await errorOf(device, 4096, 64, { causal });
-      const long = await errorOf(device, 2 ** 17, 16, { causal });
-      assertLess(long, 1.1 * short, "relative L1");
-    },
-  });
+for (const [name, tokens, gigabytes] of [["128k", 2 ** 17, 2], ["1M", 2 ** 20, 14]] as const) {
+  for (const causal of [false, true]) {
+    Deno.test({
+      name: `auto over ${name} tokens, ${causal ? "causal" : "full"}, on cuda:0`,
+      ignore: !hasRoom(gigabytes * 1e9),
+      fn: async () => {
+        using device = Device.open("cuda:0");
+        const short = await errorOf(device, 4096, 64, { causal });
+        const long = await errorOf(device, tokens, 16, { causal });
+        assertLess(long, 1.1 * short, "relative L1");
+      },
+    });
+  }
 }

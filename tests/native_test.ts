@@ -52,12 +52,13 @@ Deno.test("a C11 program compiles without a warning, links and runs", async () =
   }
 });
 
-Deno.test(`${fuzzSeconds} s of random calls neither crash, leak nor break a rule of the language`, async () => {
+/** Builds a C++ program of the tests and the library's sources, with sanitizers; returns its path. */
+async function makeProgram(name: string): Promise<string> {
   const compiler = await findHostCompiler();
   const sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"];
   const flags = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread", "-Icuda"];
   const warnings = ["-Wall", "-Wextra", "-Werror", "-ffp-contract=off"];
-  const sources = ["tests/fuzz.cpp", ...await translationUnits(root, false)];
+  const sources = [`tests/${name}.cpp`, ...await translationUnits(root, false)];
   const units: Unit[] = sources.map((source) => ({
     source,
     object: `build/fuzz/${source}.o`,
@@ -65,7 +66,7 @@ Deno.test(`${fuzzSeconds} s of random calls neither crash, leak nor break a rule
     command: [compiler.path, ...flags, ...warnings, ...sanitizers],
   }));
   await makeObjects(root, units, { jobs: navigator.hardwareConcurrency, force: false });
-  const program = join(root, "build/fuzz/fuzz");
+  const program = join(root, `build/fuzz/${name}`);
   const linked = await execute(compiler.path, [
     ...sanitizers,
     "-pthread",
@@ -74,6 +75,17 @@ Deno.test(`${fuzzSeconds} s of random calls neither crash, leak nor break a rule
     program,
   ]);
   assertEquals(linked.code, 0, linked.text);
+  return program;
+}
+
+Deno.test("plans of GPUs that are not there are those of their tensor cores", async () => {
+  const { code, signal, text } = await execute(await makeProgram("plans"), []);
+  assertEquals([code, signal], [0, null], text);
+  assertStringIncludes(text, " checks, 0 failed");
+});
+
+Deno.test(`${fuzzSeconds} s of random calls neither crash, leak nor break a rule of the language`, async () => {
+  const program = await makeProgram("fuzz");
   const { code, signal, text } = await execute(program, [String(fuzzSeconds), fuzzSeed], {
     ASAN_OPTIONS: "allocator_may_return_null=1",
     UBSAN_OPTIONS: "print_stacktrace=1",

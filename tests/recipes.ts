@@ -117,10 +117,17 @@ class Weights {
   }
 }
 
+/**
+ * The order in which tiles of keys are met, as P is rounded relative to the largest score so far: the CPU goes from
+ * the first to the last, CUDA's portable kernels from the last to the first, and through those of the band at the end.
+ */
+export type Walk = "up" | "down";
+
 /** Attention with the options' quantization, in HND order. */
 export function referenceRecipe(
   { q, k, v, qDims, kDims, vDims }: Problem,
   options: AttentionOptions,
+  walk: Walk = "up",
 ): { out: Float64Array; lse: Float64Array } {
   const { kernel = "sage1", causal, smoothK = true, kMeanRows = kDims[2], band, firstToken } =
     options;
@@ -160,8 +167,13 @@ export function referenceRecipe(
         (kMeans ? dot(q, row, kMeans, kMean, channels) : 0));
     };
     const weights = new Weights(width);
-    for (let first = 0; first < visible; first += keyTile) {
-      const exact = band && inBand(Math.floor(i / queryTile), first / keyTile, offset);
+    const inBandOf = (tile: number) => band && inBand(Math.floor(i / queryTile), tile, offset);
+    const tiles = Array.from({ length: Math.ceil(visible / keyTile) }, (_, tile) => tile);
+    if (walk === "down") {
+      tiles.reverse().sort((a, b) => Number(inBandOf(a)) - Number(inBandOf(b)));
+    }
+    for (const tile of tiles) {
+      const first = tile * keyTile, exact = inBandOf(tile);
       const from = firstToken ? Math.max(first, 1) : first;
       const last = Math.min(visible, first + keyTile);
       const scores = Array.from(

@@ -73,6 +73,25 @@ ${outputs("f", n)}
 `;
 }
 
+function valuesInHalf(width: number): string {
+  const n = width / 4;
+  return `template <>
+struct ValueProductInHalf<${width}> {
+  static __device__ __forceinline__ void issue(uint32_t (&d)[${n}], const uint32_t *a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %${
+    n + 5
+  }, 0; wgmma.mma_async.sync.aligned.m64n${width}k32.f16.e4m3.e4m3 {"
+${accumulator(n)}
+        "}, {${registers(n, 4)}}, %${n + 4}, p, 1, 1; }"
+        :
+${outputs("r", n)}
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  }
+};
+`;
+}
+
 const halfTypes = [["Half::kF16", "f16"], ["Half::kBF16", "bf16"]];
 
 function halfScores(width: number): string {
@@ -136,6 +155,10 @@ struct ScoreProduct;
 template <int kWidth>
 struct ValueProduct;
 
+// d [64 x kWidth] f16, in pairs, (+)= a (registers) * b, 32 e4m3 deep.
+template <int kWidth>
+struct ValueProductInHalf;
+
 enum class Half { kF16, kBF16 };
 
 // d [64 x kWidth] f32 (+)= a (shared memory) * b, 16 deep.
@@ -150,6 +173,7 @@ ${
     [
       ...scoreWidths.map(scores),
       ...valueWidths.map(values),
+      ...valueWidths.map(valuesInHalf),
       ...halfScoreWidths.map(halfScores),
       ...halfValueWidths.map(halfValues),
     ].join("\n")

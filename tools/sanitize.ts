@@ -14,7 +14,7 @@ import {
   type Tensor,
   UnsupportedError,
 } from "../mod.ts";
-import { variantsOf } from "../bench/cases.ts";
+import { type Variant, variantsOf } from "../bench/cases.ts";
 import { closingLine } from "./suite.ts";
 
 const tools = ["memcheck", "initcheck", "synccheck", "racecheck"] as const;
@@ -28,6 +28,14 @@ const shapes = [
   { heads: 1, kvHeads: 1, queries: 140, keys: 140, headDim: 256 },
   { heads: 1, kvHeads: 1, queries: 70, keys: 90, headDim: 72 },
 ] as const;
+
+/** What the variants of the benchmarks leave out, each in a kernel of another kind. */
+const beyond: readonly Variant[] = [
+  { kernel: "sage1", rotate: true, firstToken: true },
+  { kernel: "sage2", kMeanRows: 64, smoothQ: true },
+  { kernel: "sage2++", band: true, causal: true },
+  { kernel: "sage-int8", rotate: true, band: true, firstToken: true, kMeanRows: 128, causal: true },
+];
 
 function random<D extends FloatDType>(device: Device, shape: number[], dtype: D): Tensor<D> {
   const values = Float32Array.from(
@@ -64,8 +72,10 @@ function attentionCalls(device: Device, dtype: FloatDType): number {
       { mask },
     ];
     for (const options of masks) {
-      for (const variant of variantsOf({ causal: options.causal ?? false })) {
-        if (tried(() => attention(q, k, v, { ...variant, ...options, returnLse: true }))) count++;
+      const { causal = false } = options;
+      for (const variant of [...variantsOf({ causal }), ...beyond]) {
+        const all = { ...options, causal, ...variant };
+        if (tried(() => attention(q, k, v, { ...all, returnLse: true }))) count++;
       }
     }
   }
@@ -96,12 +106,28 @@ function otherCalls(device: Device): number {
   return count + 3;
 }
 
+/** Those of the kernels that older GPUs get. */
+async function olderCalls(architecture: number): Promise<number> {
+  try {
+    using device = Device.open("cuda", { architecture });
+    const count = attentionCalls(device, "f16");
+    await device.synchronize();
+    return count;
+  } catch (error) {
+    if (error instanceof UnsupportedError) return 0;
+    throw error;
+  }
+}
+
 async function runCalls(): Promise<void> {
   using device = Device.open();
   let count = 0;
   for (const dtype of ["f16", "bf16", "f32"] as const) count += attentionCalls(device, dtype);
   count += otherCalls(device);
   await device.synchronize();
+  if (device.kind === "cuda") {
+    for (const architecture of [80, 89]) count += await olderCalls(architecture);
+  }
   console.log(`${count} calls on ${device}`);
 }
 

@@ -12,12 +12,21 @@ extern template void launch_flash_for<128, false>(const AttentionParams&, DType,
 extern template void launch_sage_for<128, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 extern template void launch_flash_for<256, false>(const AttentionParams&, DType, int64_t, cudaStream_t);
 extern template void launch_sage_for<256, false>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<64, false>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<128, false>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<256, false>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
 extern template void launch_flash_for<64, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
 extern template void launch_sage_for<64, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 extern template void launch_flash_for<128, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
 extern template void launch_sage_for<128, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
 extern template void launch_flash_for<256, true>(const AttentionParams&, DType, int64_t, cudaStream_t);
 extern template void launch_sage_for<256, true>(const AttentionParams&, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<64, true>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<128, true>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_codes_for<256, true>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+extern template void launch_sage_int8_for<64>(const AttentionParams&, int64_t, cudaStream_t);
+extern template void launch_sage_int8_for<128>(const AttentionParams&, int64_t, cudaStream_t);
+extern template void launch_sage_int8_for<256>(const AttentionParams&, int64_t, cudaStream_t);
 
 namespace {
 
@@ -80,7 +89,7 @@ AttentionParams make_params(const View& q, const View& k, const View& v, const V
 
 // Calls launch(head dimension, whether scores may be masked or changed).
 template <class Launch>
-void choose(const Masking& masking, const Plan& plan, Launch launch) {
+void choose(bool general, const Plan& plan, Launch launch) {
   const auto with = [&](auto general) {
     switch (plan.padded_head_dim) {
       case 64: return launch(std::integral_constant<int, 64>{}, general);
@@ -88,7 +97,7 @@ void choose(const Masking& masking, const Plan& plan, Launch launch) {
       default: return launch(std::integral_constant<int, 256>{}, general);
     }
   };
-  is_general(masking) ? with(std::true_type{}) : with(std::false_type{});
+  general ? with(std::true_type{}) : with(std::false_type{});
 }
 
 }  // namespace
@@ -96,7 +105,7 @@ void choose(const Masking& masking, const Plan& plan, Launch launch) {
 void launch_flash(const AttentionOp& op, const MaskTiles& tiles, cudaStream_t stream) {
   const AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, tiles, op.scale);
   const int64_t planes = op.q.batch() * op.q.heads();
-  choose(op.masking, op.plan, [&](auto head_dim, auto general) {
+  choose(is_general(op.masking), op.plan, [&](auto head_dim, auto general) {
     launch_flash_for<decltype(head_dim)::value, decltype(general)::value>(params, op.q.dtype, planes, stream);
   });
 }
@@ -111,6 +120,7 @@ void set_probabilities(AttentionParams& params, const Plan& plan) {
       params.log2_range = std::log2(kInt8Range);
       params.step_shift = 0x64006400u;  // whole numbers
       return;
+    case Kernel::kSageInt8: params.log2_range = std::log2(kUint8Range); return;
     default:
       params.log2_range = std::log2(plan.p_range);
       params.least_step = 0x24002400u;  // 2^-6: numbers below it share their steps
@@ -154,12 +164,30 @@ void launch_sage(const SageOp& op, cudaStream_t stream) {
   (op.masking.softcap > 0 ? params.row_shift : params.lse_shift) = f32(op.lse_shift);
   set_probabilities(params, plan);
 
-  const bool column_terms = has_column_terms(plan, static_cast<bool>(op.delta));
+  params.raw_log2 = plan.rotate ? params.scale_log2 / rotated_channels(op.q_raw.channels()) : params.scale_log2;
+  params.first_scores = f32(op.first_scores);
+  params.k_mean = f32(op.k_mean);
+  params.k_means = static_cast<int>(op.k_mean.tokens());
+  params.k_mean_rows = static_cast<int>(std::min<int64_t>(plan.k_mean_rows, params.k_tokens));
+  params.changes_open_tiles |= params.k_means > 1;
+  params.band = plan.band;
+  if (op.v_raw) {
+    params.v_raw = make_rows(op.v_raw);
+    params.v_raw_dtype = op.v_raw.dtype;
+  }
+
+  const bool column_terms = has_column_terms(plan, static_cast<bool>(op.delta), params.k_tokens);
   const bool f16_accumulator = plan.f16_accumulator || plan.kernel == Kernel::kSage2PP;
   const int64_t planes = op.q.batch() * op.q.heads();
-  choose(op.masking, plan, [&](auto head_dim, auto general) {
+  choose(is_general(op.masking) || is_beyond(plan, params.k_tokens), plan, [&](auto head_dim, auto general) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
     constexpr bool kGeneral = decltype(general)::value;
-    launch_sage_for<decltype(head_dim)::value, kGeneral>(params, f16_accumulator, column_terms, planes, stream);
+    if (kGeneral && plan.kernel == Kernel::kSageInt8) return launch_sage_int8_for<kHeadDim>(params, planes, stream);
+    if (plan.fp8_products || plan.int4_products) {
+      return launch_codes_for<kHeadDim, kGeneral>(params, plan.int4_products, plan.fp8_products, f16_accumulator,
+                                                  planes, stream);
+    }
+    launch_sage_for<kHeadDim, kGeneral>(params, f16_accumulator, column_terms, planes, stream);
   });
 }
 

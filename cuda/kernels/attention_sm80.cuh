@@ -1,6 +1,7 @@
 // Attention by mma.sync and cp.async (sm_80 and later): all kernels are one, which differs in the type of Q.K, in where
 // the factor of a score comes from and in what P is rounded to. Codes of P and V are held in FP16, which holds them
-// exactly, so one product serves FP16, FP8 and INT8.
+// exactly, so one product serves FP16, FP8 and INT8; where FP8 and INT4 have tensor cores there are products of those,
+// and sage-int8 multiplies bytes.
 //
 // One block owns kBlockM query rows of one head and walks those tiles of kBlockN keys that they see, from right to
 // left. Tiles that need no mask take a shorter way. Fragments are those of the PTX manual: lane l holds rows g and
@@ -74,6 +75,15 @@ struct AttentionParams {
   int delta_blocks, delta_rows;
   const float *v_scales, *v_mean;  // [B, Hkv, v_dim] or null
   const float* lse_shift;          // [B, Hq, q_tokens] or null: what scores lack when they are compared with sinks
+  Rows v_raw;                      // V as it was given; data may be null
+  DType v_raw_dtype;
+
+  // Beyond the papers
+  float raw_log2;             // scale_log2 for numbers instead of codes
+  const float* first_scores;  // [B, Hq, q_tokens] or null: of the first key, which is then apart from the others
+  const float* k_mean;        // [B, Hkv, k_means, channels of k_raw] or null
+  int k_means, k_mean_rows;   // more than one: scores lack the products of queries with their tile's mean
+  bool band;
 
   // With column terms: P is multiplied by 2^log2_range, then rounded by adding and subtracting an anchor, whose bits
   // are (max(P, least_step) & step_mask) + step_shift in both halves of an FP16 pair; an anchor of 0 leaves P as it is.
@@ -92,23 +102,41 @@ struct AttentionConfig {
   static constexpr bool kColumnTerms = kColumnTerms_;
   // There may be a mask, softcap, ALiBi or sinks; windows are for all.
   static constexpr bool kGeneral = kGeneral_;
+  // There may be what only options beyond the papers need.
+  static constexpr bool kBeyond = kGeneral && kColumnTerms && kPV != ptx::Operand::kE4M3;
+  // P is in unsigned bytes, relative to the largest of its row and tile, and V in signed ones.
+  static constexpr bool kTilePeaks = kPV == ptx::Operand::kS8;
+  // P and V are e4m3.
+  static constexpr bool kFp8 = kPV == ptx::Operand::kE4M3;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  static constexpr bool kCompiled = !kFp8;
+#else
+  static constexpr bool kCompiled = true;
+#endif
 
   static constexpr AttentionTuning kTuning =
-      attention_tuning(kHeadDim, kQK == ptx::Operand::kS8, kF16Accumulator, kFewRows, kColumnTerms || kGeneral);
-  static constexpr int kRowTiles = kTuning.row_tiles, kThreads = 32 * kTuning.warps, kMinBlocks = kTuning.min_blocks;
+      attention_tuning(kHeadDim, ptx::kIsInteger<kQK>, kF16Accumulator, kFewRows, kColumnTerms || kGeneral);
+  static constexpr int kRowTiles = kTuning.row_tiles, kThreads = 32 * kTuning.warps;
   static constexpr int kBlockM = kTuning.block_q(), kBlockN = kTuning.block_k, kStages = kTuning.stages;
   static constexpr bool kQInRegisters = kTuning.q_in_registers;
-  static constexpr int kQKBytes = kQK == ptx::Operand::kS8 ? 1 : 2;
-  static constexpr int kQKRow = kHeadDim * kQKBytes, kVRow = kHeadDim * 2;  // bytes
-  static constexpr int kQBytes = kBlockM * kQKRow, kKBytes = kBlockN * kQKRow, kVBytes = kBlockN * kVRow;
+  static constexpr int kQKBytes = ptx::kIsInteger<kQK> ? 1 : 2;                                 // INT4: of a pair
+  static constexpr int kQKRow = kQK == ptx::Operand::kS4 ? kHeadDim / 2 : kHeadDim * kQKBytes;  // bytes
+  // V in bytes comes in tiles, with a row for every channel.
+  static constexpr bool kTiledV = kFp8 || kTilePeaks;
+  static constexpr int kVElementBytes = kTiledV ? 1 : 2, kVRow = kTiledV ? kBlockN : kHeadDim * 2;
+  static constexpr int kVRows = kTiledV ? kHeadDim : kBlockN;  // of a tile
+  static constexpr int kQBytes = kBlockM * kQKRow, kKBytes = kBlockN * kQKRow, kVBytes = kVRows * kVRow;
   static constexpr int kSharedBytes = kQBytes + kStages * (kKBytes + kVBytes);
+  // Of FP8 two: GPUs that have its tensor cores have 99 KiB of shared memory, and nothing is spilled.
+  static constexpr int kMinBlocks = kFp8 && kTuning.min_blocks > 2 ? 2 : kTuning.min_blocks;
   // The kept maximum moves only when a score exceeds it by this much (base 2): P stays below 2^kHeadroom, O is
   // rarely rescaled. Sums in f16 have no room for it.
   static constexpr float kHeadroom = kF16Accumulator ? 0.0f : 8.0f;
   // P is also scaled by 2^-kShift, where its type has the range for it: bf16 V go up to 3e38, and their sums must not
   // overflow.
   static constexpr float kShift = kPV == ptx::Operand::kBF16 ? 32.0f : 0.0f;
-  static_assert(kQKRow >= 64, "the swizzle needs rows of at least 64 bytes");
+  static_assert(kQKRow >= 32, "the swizzle needs rows of at least 32 bytes");
+  static_assert(!kFp8 || kColumnTerms, "codes have column terms");
   static_assert(kBlockN == kMaskTileKeys, "tiles of masks are those of keys");
 };
 
@@ -116,7 +144,7 @@ struct AttentionConfig {
 
 template <int kRowBytes>
 __device__ __forceinline__ uint32_t swizzle(int row) {
-  return kRowBytes >= 128 ? row & 7 : (row >> 1) & 3;
+  return kRowBytes >= 128 ? row & 7 : kRowBytes >= 64 ? (row >> 1) & 3 : (row >> 2) & 1;
 }
 
 template <int kRowBytes>
@@ -150,7 +178,7 @@ struct TileLoader {
 
   // Rows are kStep apart, so the swizzle changes by a constant.
   static __device__ __forceinline__ uint32_t address(uint32_t to, uint32_t stage, int i) {
-    const uint32_t change = kRowBytes >= 128 ? i * kStep & 7 : (i * kStep >> 1) & 3;
+    const uint32_t change = swizzle<kRowBytes>(i * kStep);
     return (to ^ change << 4) + stage + i * kStep * kRowBytes;
   }
 
@@ -201,6 +229,14 @@ __device__ __forceinline__ float element_value(const char* address, DType dtype)
   return *reinterpret_cast<const float*>(address);
 }
 
+__device__ __forceinline__ float raw_value(const Rows& rows, DType dtype, int batch, int head, int64_t row,
+                                           int channel) {
+  const int bytes = dtype == DType::kF32 ? 4 : dtype == DType::kI8 ? 1 : 2;
+  const int64_t index = batch * rows.batch_stride + head * rows.head_stride + row * rows.token_stride;
+  const char* const address = rows.data + (index + channel * rows.channel_stride) * bytes;
+  return dtype == DType::kI8 ? int8_value(*reinterpret_cast<const int8_t*>(address)) : element_value(address, dtype);
+}
+
 // The score of a key that INT8 cannot hold, from the raw tensors: +-inf or NaN as exact arithmetic has it.
 __device__ __forceinline__ float raw_score(const AttentionParams& p, int batch, int head, int row, int key) {
   if (p.k_raw.data == nullptr || row >= p.q_tokens) return float_of(0x7fc00000u);
@@ -225,8 +261,32 @@ __device__ __forceinline__ int forgotten(int x) {
   return x;
 }
 
+// Bit 7 of every byte of FP8 codes that stands for a value that is not finite.
+__device__ __forceinline__ uint32_t special_codes(uint32_t codes) {
+  const uint32_t low = codes & 0x7f7f7f7fu, largest = low + 0x01010101u, zero = ~(low + 0x7f7f7f7fu);
+  return (largest | (zero & codes)) & 0x80808080u;
+}
+
+__device__ __forceinline__ float special_value(uint8_t code) {
+  return code == kInfinityCode ? INFINITY : code == kMinusInfinityCode ? -INFINITY : float_of(0x7fc00000u);
+}
+
+// The halves or bytes of a word of V's tile that are not finite, as ones.
+template <class C>
+__device__ __forceinline__ uint32_t not_finite_bits(uint32_t word) {
+  if constexpr (C::kFp8) return (special_codes(word) >> 7) * 255u;
+  constexpr uint32_t kExponent = C::kPV == ptx::Operand::kF16 ? 0x7c00u : 0x7f80u;
+  return ((word & kExponent) == kExponent ? 0x0000ffffu : 0) |
+         ((word >> 16 & kExponent) == kExponent ? 0xffff0000u : 0);
+}
+
 template <class C>
 __device__ __forceinline__ float value_at(const uint8_t* v_tile, int key, int channel) {
+  if constexpr (C::kFp8) {  // only those that are not finite count
+    const int place = key % 8 / 2 * 4 + key % 16 / 8 * 2 + key % 2;
+    const uint8_t code = v_tile[chunk_offset<C::kVRow>(channel, key / 16) + place];
+    return special_codes(code) != 0 ? special_value(code) : 0.0f;
+  }
   const uint32_t offset = chunk_offset<C::kVRow>(key, channel / 8) + channel % 8 * 2;
   if constexpr (C::kPV == ptx::Operand::kF16) return __half2float(*reinterpret_cast<const __half*>(v_tile + offset));
   return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(v_tile + offset));
@@ -239,12 +299,10 @@ template <class C, class Visible>
 __device__ __forceinline__ void isolate_values(uint8_t* v_tile, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
                                                Visible visible) {
   constexpr int kWords = C::kVBytes / 4;
-  const uint32_t exponent = C::kPV == ptx::Operand::kF16 ? 0x7c00u : 0x7f80u;
   auto* words = reinterpret_cast<uint32_t*>(v_tile);
   bool found = false;
   for (int i = threadIdx.x; i < kWords; i += C::kThreads) {
-    const uint32_t word = words[i];
-    found |= (word & exponent) == exponent || (word >> 16 & exponent) == exponent;
+    found |= not_finite_bits<C>(words[i]) != 0;
   }
   if (!__syncthreads_or(found)) return;
 
@@ -272,12 +330,39 @@ __device__ __forceinline__ void isolate_values(uint8_t* v_tile, float (&o)[C::kR
   }
   __syncthreads();
   for (int i = threadIdx.x; i < kWords; i += C::kThreads) {
-    uint32_t word = words[i];
-    if ((word & exponent) == exponent) word &= 0xffff0000u;
-    if ((word >> 16 & exponent) == exponent) word &= 0x0000ffffu;
-    words[i] = word;
+    words[i] &= ~not_finite_bits<C>(words[i]);
   }
   __syncthreads();
+}
+
+// The same where V is in bytes, whose tiles hold 0 for such values: `found` has a bit for every key with one.
+template <class C, class Visible>
+__device__ __forceinline__ void add_bad_values(const AttentionParams& p, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
+                                               int batch, int kv_head, int key0, uint64_t found, Visible visible) {
+#pragma unroll 1
+  for (; found != 0; found &= found - 1) {
+    const int key = __ffsll(static_cast<long long>(found)) - 1;
+    bool sees[C::kRowTiles][2];
+#pragma unroll
+    for (int t = 0; t < C::kRowTiles; t++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) sees[t][half] = visible(t, half) >> key & 1;
+#pragma unroll
+    for (int n = 0; n < C::kHeadDim / 8; n++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int channel = n * 8 + threadIdx.x % 4 * 2 + e;
+        if (channel >= p.v_dim) continue;
+        const float value = raw_value(p.v_raw, p.v_raw_dtype, batch, kv_head, key0 + key, channel);
+        if (is_finite(value)) continue;
+#pragma unroll
+        for (int t = 0; t < C::kRowTiles; t++) {
+          if (sees[t][0]) o[t][n][e] += value;
+          if (sees[t][1]) o[t][n][2 + e] += value;
+        }
+      }
+    }
+  }
 }
 
 // s32 accumulators start at these bits, 1.5 * 2^23 as a float: a sum below 2^22 then reads as that float plus the
@@ -301,7 +386,7 @@ __device__ __forceinline__ void multiply_qk(Accumulator (&s)[C::kRowTiles][C::kB
   const uint32_t k_lane = k_tile + chunk_offset<C::kQKRow>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   Accumulator start[4];
 #pragma unroll
-  for (int e = 0; e < 4; e++) start[e] = C::kQK == ptx::Operand::kS8 ? kBiasBits : 0;
+  for (int e = 0; e < 4; e++) start[e] = ptx::kIsInteger<C::kQK> ? kBiasBits : 0;
 #pragma unroll
   for (int step = 0; step < C::kQKRow / 32; step++) {
     uint32_t a[C::kRowTiles][4];
@@ -361,8 +446,8 @@ __device__ __forceinline__ void multiply_pv_f16(float (&o)[C::kRowTiles][C::kHea
       ptx::load_matrices_transposed(b, (v_lane ^ (n << 5)) + step * 16 * C::kVRow);
 #pragma unroll
       for (int t = 0; t < C::kRowTiles; t++) {
-        ptx::mma_f16(part[t][0], p[step][t], b[0], b[1]);
-        ptx::mma_f16(part[t][1], p[step][t], b[2], b[3]);
+        ptx::mma_f16<C::kPV>(part[t][0], p[step][t], b[0], b[1]);
+        ptx::mma_f16<C::kPV>(part[t][1], p[step][t], b[2], b[3]);
       }
     }
 #pragma unroll
@@ -374,6 +459,79 @@ __device__ __forceinline__ void multiply_pv_f16(float (&o)[C::kRowTiles][C::kHea
           const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&part[t][half][row]));
           o[t][2 * n + half][2 * row] += pair.x;
           o[t][2 * n + half][2 * row + 1] += pair.y;
+        }
+  }
+}
+
+// A whole tile of FP8 codes, summed apart and then added to O: those tensor cores keep about 13 bits of mantissa.
+template <class C>
+__device__ __forceinline__ void multiply_pv_fp8(float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
+                                                const uint32_t (&p)[C::kBlockN / 32][C::kRowTiles][4],
+                                                uint32_t v_tile) {
+  static_assert(C::kBlockN == 64, "one load brings the keys of two products");
+  const int lane = threadIdx.x % 32;
+  const uint32_t v_lane = v_tile + chunk_offset<C::kVRow>(lane % 8, lane / 8);
+#pragma unroll
+  for (int n = 0; n < C::kHeadDim / 8; n++) {
+    uint32_t b[4];
+    ptx::load_matrices(b, v_lane + n * 8 * C::kVRow);
+#pragma unroll
+    for (int t = 0; t < C::kRowTiles; t++) {
+      float part[4] = {};
+      if constexpr (C::kF16Accumulator) {
+        uint32_t pairs[2] = {};
+        ptx::mma_f16<C::kPV>(pairs, p[0][t], b[0], b[1]);
+        ptx::mma_f16<C::kPV>(pairs, p[1][t], b[2], b[3]);
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+          const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&pairs[row]));
+          part[2 * row] = pair.x;
+          part[2 * row + 1] = pair.y;
+        }
+      } else {
+        ptx::mma<C::kPV>(part, p[0][t], b[0], b[1], part);
+        ptx::mma<C::kPV>(part, p[1][t], b[2], b[3], part);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[t][n][e] += part[e];
+    }
+  }
+}
+
+// A whole tile with P in unsigned bytes: exact sums, times what the largest of a row's tile is to that of all so far.
+template <class C>
+__device__ __forceinline__ void multiply_pv_bytes(float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
+                                                  const uint32_t (&p)[C::kBlockN / 32][C::kRowTiles][4],
+                                                  const float (&gain)[C::kRowTiles][2], uint32_t v_tile) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t v_lane = v_tile + chunk_offset<C::kVRow>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+  for (int n = 0; n < C::kHeadDim / 16; n++) {
+    int32_t part[C::kRowTiles][2][4];
+#pragma unroll
+    for (int t = 0; t < C::kRowTiles; t++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) part[t][half][e] = kBiasBits;
+#pragma unroll
+    for (int step = 0; step < C::kBlockN / 32; step++) {
+      uint32_t b[4];
+      ptx::load_matrices(b, (v_lane ^ (step << 5)) + n * 16 * C::kVRow);
+#pragma unroll
+      for (int t = 0; t < C::kRowTiles; t++) {
+        ptx::mma_u8_s8(part[t][0], p[step][t], b[0], b[1]);
+        ptx::mma_u8_s8(part[t][1], p[step][t], b[2], b[3]);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < C::kRowTiles; t++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float& sum = o[t][2 * n + half][e];
+          sum = fmaf(__int_as_float(part[t][half][e]) - kBias, gain[t][e / 2], sum);
         }
   }
 }
@@ -396,6 +554,12 @@ __device__ __forceinline__ void store_element(char* base, DType dtype, int64_t i
     reinterpret_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16_rn(value);
   else
     reinterpret_cast<float*>(base)[index] = value;
+}
+
+__device__ __forceinline__ float larger_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
 }
 
 // Keeps a factor where neither factor * 0 nor factor * -inf is NaN, and a whole score stays finite. NaN stays.
@@ -466,13 +630,159 @@ __device__ __forceinline__ void change_scores(const AttentionParams& p, EachScor
   }
 }
 
+// ---- beyond the papers ------------------------------------------------------------------------------------------
+
+// Products of rows of numbers with a row of f32, the channels of one of four lanes.
+template <class Number>
+__device__ __forceinline__ float2 multiply_rows(const char* first, const char* second, int64_t step, const float* mean,
+                                                int channels) {
+  float2 sum = {0.0f, 0.0f};
+#pragma unroll 4
+  for (int d = threadIdx.x % 4; d < channels; d += 4, first += step, second += step) {
+    sum.x = fmaf(static_cast<float>(*reinterpret_cast<const Number*>(first)), mean[d], sum.x);
+    sum.y = fmaf(static_cast<float>(*reinterpret_cast<const Number*>(second)), mean[d], sum.y);
+  }
+  return sum;
+}
+
+// What the mean of a tile's keys adds to the scores of two rows, `row` and the 8th after it, which four lanes share.
+// Out of line, as it is rare.
+inline __device__ __noinline__ float2 mean_scores(const AttentionParams& p, int batch, int head, int row, int key0) {
+  const int channels = p.q_raw.channels, bytes = p.raw_dtype == DType::kF32 ? 4 : 2;
+  const int64_t plane = int64_t{batch} * (p.q_heads / p.group) + head / p.group;
+  const float* const mean = p.k_mean + (plane * p.k_means + key0 / p.k_mean_rows) * channels;
+  const int64_t begin = batch * p.q_raw.batch_stride + head * p.q_raw.head_stride;
+  const int64_t channel_step = p.q_raw.channel_stride * bytes;
+  const auto address = [&](int row) {
+    return p.q_raw.data + (begin + min(row, p.q_tokens - 1) * p.q_raw.token_stride) * bytes +
+           threadIdx.x % 4 * channel_step;
+  };
+  const char *const first = address(row), *const second = address(row + 8);
+  float2 sum;
+  if (p.raw_dtype == DType::kF16)
+    sum = multiply_rows<__half>(first, second, 4 * channel_step, mean, channels);
+  else if (p.raw_dtype == DType::kBF16)
+    sum = multiply_rows<__nv_bfloat16>(first, second, 4 * channel_step, mean, channels);
+  else
+    sum = multiply_rows<float>(first, second, 4 * channel_step, mean, channels);
+#pragma unroll
+  for (int offset = 1; offset <= 2; offset *= 2) {
+    sum.x += __shfl_xor_sync(~0u, sum.x, offset);
+    sum.y += __shfl_xor_sync(~0u, sum.y, offset);
+  }
+  return {sum.x * p.raw_log2, sum.y * p.raw_log2};
+}
+
+// Tiles of the precision band, in FP32 from what was given. Shared memory, all of it, is free when they run.
+template <class C>
+struct ExactTile {
+  static_assert(C::kRowTiles == 1);
+  static constexpr int kDepth = 16, kKeys = 8;  // channels and keys at a time
+  union {
+    struct {
+      float q[kDepth][C::kBlockM + 4], k[kDepth][C::kBlockN + 4];
+    };
+    struct {
+      float p[C::kBlockM][C::kBlockN + 2], v[kKeys][C::kHeadDim];
+    };
+  };
+};
+
+// Products of queries with keys, less their mean where there is one; values that are not finite count as 0.
+template <class C>
+__device__ __forceinline__ void multiply_exactly(const AttentionParams& p, ExactTile<C>& shared,
+                                                 float (&s)[1][C::kBlockN / 8][4], int batch, int head, int row0,
+                                                 int key0) {
+  constexpr int kDepth = ExactTile<C>::kDepth;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, c = lane % 4, channels = p.k_raw.channels;
+  const int kv_head = head / p.group;
+  const int64_t kv_plane = int64_t{batch} * (p.q_heads / p.group) + kv_head;
+  const float* const mean = p.k_mean != nullptr && p.k_means == 1 ? p.k_mean + kv_plane * channels : nullptr;
+#pragma unroll 1
+  for (int channel0 = 0; channel0 < channels; channel0 += kDepth) {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < (C::kBlockM + C::kBlockN) * kDepth; i += C::kThreads) {
+      const int depth = i % kDepth, at = i / kDepth, channel = channel0 + depth, key = at - C::kBlockM;
+      float x = 0.0f;
+      if (key < 0) {
+        if (channel < channels && row0 + at < p.q_tokens)
+          x = raw_value(p.q_raw, p.raw_dtype, batch, head, row0 + at, channel);
+        shared.q[depth][at] = is_finite(x) ? x : 0.0f;
+      } else {
+        if (channel < channels && key0 + key < p.k_tokens) {
+          x = raw_value(p.k_raw, p.raw_dtype, batch, kv_head, key0 + key, channel);
+          if (mean != nullptr) x -= mean[channel];
+        }
+        shared.k[depth][key] = is_finite(x) ? x : 0.0f;
+      }
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int depth = 0; depth < kDepth; depth++) {
+      const float q[2] = {shared.q[depth][row], shared.q[depth][row + 8]};
+#pragma unroll
+      for (int n = 0; n < C::kBlockN / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[0][n][e] = fmaf(q[e / 2], shared.k[depth][n * 8 + c * 2 + e % 2], s[0][n][e]);
+    }
+  }
+}
+
+// O += P V, in units of the codes' scales. Values that are not finite reach the rows that see them.
+template <class C, class Visible>
+__device__ __forceinline__ void add_values_exactly(const AttentionParams& p, ExactTile<C>& shared,
+                                                   float (&o)[1][C::kHeadDim / 8][4],
+                                                   const float (&probabilities)[1][C::kBlockN / 8][4], int batch,
+                                                   int kv_head, int key0, Visible visible) {
+  constexpr int kKeys = ExactTile<C>::kKeys;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4, c = lane % 4;
+  const int64_t kv_plane = int64_t{batch} * (p.q_heads / p.group) + kv_head;
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < C::kBlockN / 8; n++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) shared.p[row + e / 2 * 8][n * 8 + c * 2 + e % 2] = probabilities[0][n][e];
+  uint64_t bad = 0;
+#pragma unroll 1
+  for (int first = 0; first < C::kBlockN; first += kKeys) {
+    bool found = false;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kKeys * C::kHeadDim; i += C::kThreads) {
+      const int channel = i % C::kHeadDim, key = i / C::kHeadDim;
+      float x = 0.0f;
+      if (channel < p.v_dim && key0 + first + key < p.k_tokens) {
+        x = raw_value(p.v_raw, p.v_raw_dtype, batch, kv_head, key0 + first + key, channel);
+        found |= !is_finite(x);
+        if (p.v_mean != nullptr) x -= p.v_mean[kv_plane * p.v_dim + channel];
+        if (p.v_scales != nullptr) x /= p.v_scales[kv_plane * p.v_dim + channel];
+      }
+      shared.v[key][channel] = is_finite(x) ? x : 0.0f;
+    }
+    if (__syncthreads_or(found)) bad |= uint64_t{(1u << kKeys) - 1} << first;
+#pragma unroll 1
+    for (int key = 0; key < kKeys; key++) {
+      const float weight[2] = {shared.p[row][first + key], shared.p[row + 8][first + key]};
+#pragma unroll
+      for (int n = 0; n < C::kHeadDim / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[0][n][e] = fmaf(weight[e / 2], shared.v[key][n * 8 + c * 2 + e % 2], o[0][n][e]);
+    }
+    __syncthreads();
+  }
+  const int keys = p.k_tokens - key0;
+  if (keys < C::kBlockN) bad &= (uint64_t{1} << keys) - 1;
+  add_bad_values<C>(p, o, batch, kv_head, key0, bad, visible);
+}
+
 // ---- the kernel -----------------------------------------------------------------------------------------------
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     attention_kernel(const __grid_constant__ AttentionParams p) {
+  if (!C::kCompiled) return;  // and never launched
   constexpr int kRowTiles = C::kRowTiles, kNTiles = C::kBlockN / 8, kDTiles = C::kHeadDim / 8;
-  constexpr bool kQuantized = C::kQK == ptx::Operand::kS8;
+  constexpr bool kQuantized = ptx::kIsInteger<C::kQK>;
   using Score = std::conditional_t<kQuantized, int32_t, float>;
 
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -497,7 +807,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   // Tiles that some row sees a part of, and those that all rows see all of (but for a mask).
   const int begin = clamp_key(max(row0 + p.first_key, int64_t{0})) / C::kBlockN;
   const int end = (clamp_key(min(last_row + p.last_key, p.k_tokens - int64_t{1})) + C::kBlockN) / C::kBlockN;
-  const int open_begin = (max(clamp_key(last_row + p.first_key), 0) + C::kBlockN - 1) / C::kBlockN;
+  const bool first_apart = C::kBeyond && p.first_scores != nullptr;
+  const int open_begin =
+      max((max(clamp_key(last_row + p.first_key), 0) + C::kBlockN - 1) / C::kBlockN, first_apart ? 1 : 0);
   const int open_end = clamp_key(row0 + p.last_key + 1) / C::kBlockN;
   const int mask_plane = batch * p.mask_batch_step + head * p.mask_head_step;
   const uint8_t* const mask_tiles =
@@ -507,26 +819,27 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const auto mask_state = [&](int tile) {
     return mask_tiles == nullptr || tile < 0 ? TileState::kOpen : static_cast<TileState>(mask_tiles[tile]);
   };
+  const auto is_exact = [&](int tile) { return C::kBeyond && p.band && in_band(row0 / kBandQueries, tile, p.offset); };
   // The tile to visit after one; -1: none.
   const auto next_tile = [&](int tile) {
     do tile--;
-    while (tile >= begin && mask_state(tile) == TileState::kClosed);
+    while (tile >= begin && (mask_state(tile) == TileState::kClosed || is_exact(tile)));
     return tile >= begin ? tile : -1;
   };
   int tile = next_tile(end), next = next_tile(tile);
 
   const char* const q_plane = p.q.data + (batch * p.q.batch_stride + head * p.q.head_stride) * C::kQKBytes;
   const char* const k_plane = p.k.data + (batch * p.k.batch_stride + kv_head * p.k.head_stride) * C::kQKBytes;
-  const char* const v_plane = p.v.data + (batch * p.v.batch_stride + kv_head * p.v.head_stride) * 2;
+  const char* const v_plane = p.v.data + (batch * p.v.batch_stride + kv_head * p.v.head_stride) * C::kVElementBytes;
   TileLoader<C::kBlockN, C::kQKRow, C::kQKBytes, C::kThreads, C::kStages, kStageBytes> k_loader(
       p.k, k_plane, static_cast<int64_t>(tile) * C::kBlockN, first_stage);
-  TileLoader<C::kBlockN, C::kVRow, 2, C::kThreads, C::kStages, kStageBytes> v_loader(
-      p.v, v_plane, static_cast<int64_t>(tile) * C::kBlockN, first_stage + C::kKBytes);
+  TileLoader<C::kVRows, C::kVRow, C::kVElementBytes, C::kThreads, C::kStages, kStageBytes> v_loader(
+      p.v, v_plane, static_cast<int64_t>(tile) * C::kVRows, first_stage + C::kKBytes);
   if (tile >= 0) {  // only the first tile that is visited can be cut short
     TileLoader<C::kBlockM, C::kQKRow, C::kQKBytes, C::kThreads> q_loader(p.q, q_plane, row0, q_tile);
     q_loader.template load<false>(p.q, 0, p.q_tokens - row0);
     k_loader.template load<false>(p.k, 0, p.k_tokens - tile * C::kBlockN);
-    if (C::kStages > 1) v_loader.template load<false>(p.v, 0, p.k_tokens - tile * C::kBlockN);
+    if (C::kStages > 1) v_loader.template load<C::kTiledV>(p.v, 0, p.k_tokens - tile * C::kBlockN);
     ptx::copy_async_commit();
   }
   uint32_t stage = 0;
@@ -616,6 +929,31 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     return values_not_finite(tile) != 0 || tile < open_begin || tile >= open_end ||
            mask_state(tile) == TileState::kHides;
   };
+  // Calls set(row tile, n, element, score) for all scores that are not finite.
+  const auto score_bad_keys = [&](int tile, auto set) {
+#pragma unroll
+    for (int w = 0; w < C::kBlockN / 32; w++) {
+      for (uint32_t bits = not_finite(tile, w); bits != 0; bits &= bits - 1) {
+        const int column = w * 32 + __ffs(static_cast<int>(bits)) - 1;
+#pragma unroll
+        for (int t = 0; t < kRowTiles; t++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const int row = forgotten(lane_row) + t * 16 + half * 8;
+            const float x = raw_score(p, forgotten(batch), forgotten(head), row, tile * C::kBlockN + column);
+#pragma unroll
+            for (int n = w * 4; n < w * 4 + 4; n++)
+#pragma unroll
+              for (int e = 0; e < 2; e++)
+                if (n * 8 + c * 2 + e == column) set(t, n, 2 * half + e, x);
+          }
+      }
+    }
+  };
+  // What a row sees of a tile but for a first key that is apart.
+  const auto visible_codes = [&](int tile, int t, int half) {
+    return visible(tile, t, half) & ~uint64_t{first_apart && tile == 0};
+  };
   auto process = [&](auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
     const int key0 = tile * C::kBlockN;
@@ -631,7 +969,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         v_loader.template load<true>(p.v, stage, C::kBlockN);
       }
     } else {
-      v_loader.template load<!kMasked>(p.v, 0, p.k_tokens - key0);
+      v_loader.template load<!kMasked || C::kTiledV>(p.v, 0, p.k_tokens - key0);
       v_loader.go_back(tile - next);
     }
     ptx::copy_async_commit();
@@ -660,25 +998,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     }
 
     if constexpr (kQuantized && kMasked) {
-      // Scores that are not finite, as the bits that leave the bias as they are.
-#pragma unroll
-      for (int w = 0; w < C::kBlockN / 32; w++) {
-        for (uint32_t bits = not_finite(tile, w); bits != 0; bits &= bits - 1) {
-          const int column = w * 32 + __ffs(static_cast<int>(bits)) - 1;
-#pragma unroll
-          for (int t = 0; t < kRowTiles; t++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-              const int row = forgotten(lane_row) + t * 16 + half * 8;
-              const int32_t x = __float_as_int(raw_score(p, forgotten(batch), forgotten(head), row, key0 + column));
-#pragma unroll
-              for (int n = w * 4; n < w * 4 + 4; n++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                  if (n * 8 + c * 2 + e == column) raw[t][n][2 * half + e] = x;
-            }
-        }
-      }
+      // As the bits that leave the bias as they are.
+      score_bad_keys(tile, [&](int t, int n, int e, float x) { raw[t][n][e] = __float_as_int(x); });
     }
 
     // Scores, still without the row's factor unless they have column terms. Open tiles take them as they come.
@@ -748,14 +1069,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     if constexpr (kMasked) {
       if (C::kGeneral && (p.changes_open_tiles || (p.adds_mask && mask_state(tile) != TileState::kOpen))) {
         take_multiplier();
+        if (C::kBeyond && p.k_means > 1) {
+#pragma unroll
+          for (int t = 0; t < kRowTiles; t++) {
+            const float2 shift = mean_scores(p, forgotten(batch), forgotten(head), forgotten(lane_row) + t * 16, key0);
+            each_score([&](float& x, int score_t, int half, int) {
+              if (score_t == t) x += half == 0 ? shift.x : shift.y;
+            });
+          }
+        }
         change_scores(p, each_score, forgotten(batch), forgotten(head), forgotten(lane_row), key0);
       }
 #pragma unroll
       for (int t = 0; t < kRowTiles; t++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const uint64_t bits = visible(tile, t, half);
+          uint64_t bits = visible(tile, t, half);
           seen |= bits != 0 ? 1u << (t * 2 + half) : 0;
+          if (first_apart && tile == 0) bits &= ~uint64_t{1};
           const uint32_t low = static_cast<uint32_t>(bits) >> c * 2, high = static_cast<uint32_t>(bits >> 32) >> c * 2;
 #pragma unroll
           for (int n = 0; n < kNTiles; n++)
@@ -769,12 +1100,28 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 
     // Online softmax in base 2: first the maxima.
     float addend[kRowTiles][2];
+    [[maybe_unused]] float gain[kRowTiles][2];
 #pragma unroll
     for (int t = 0; t < kRowTiles; t++) {
       float rescale[2];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float largest;
+        if constexpr (C::kTilePeaks) {  // a score that is NaN makes it NaN, and with it the row
+          largest = s[t][0][2 * half];
+#pragma unroll
+          for (int n = 0; n < kNTiles; n++)
+            largest = larger_or_nan(largest, larger_or_nan(s[t][n][2 * half], s[t][n][2 * half + 1]));
+          largest *= multiplier[t][half];
+          largest = larger_or_nan(largest, __shfl_xor_sync(~0u, largest, 1));
+          largest = larger_or_nan(largest, __shfl_xor_sync(~0u, largest, 2));
+          const float top = fmaxf(maximum[t][half], largest), offset = top == -INFINITY ? 0.0f : top;
+          rescale[half] = ptx::exp2_approx(maximum[t][half] - offset);
+          gain[t][half] = ptx::exp2_approx(largest - offset);
+          maximum[t][half] = top;
+          addend[t][half] = p.log2_range - (largest == -INFINITY ? 0.0f : largest);
+          continue;
+        }
         if constexpr (kLazy) {
           int32_t bits = raw[t][0][2 * half];
 #pragma unroll
@@ -807,46 +1154,87 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       }
     }
     if constexpr (kMasked) {
-      if (hides(tile)) {
-        isolate_values<C>(shared + (v_tile - q_tile), o, [&](int t, int half) { return visible(tile, t, half); });
+      const auto visible_here = [&](int t, int half) { return visible_codes(tile, t, half); };
+      if constexpr (C::kTilePeaks) {
+        const int word = tile * (C::kBlockN / 32);
+        uint64_t found = p.v_not_finite[kv_plane * p.k_words + word];
+        if (word + 1 < p.k_words) found |= uint64_t{p.v_not_finite[kv_plane * p.k_words + word + 1]} << 32;
+        add_bad_values<C>(p, o, forgotten(batch), forgotten(kv_head), key0, found, visible_here);
+      } else if (hides(tile)) {
+        isolate_values<C>(shared + (v_tile - q_tile), o, visible_here);
       }
     }
-
-    // Then P, 16 keys at a time, so that exponentials overlap the products of the keys before.
-    constexpr int kSteps = C::kBlockN / 16;
-    uint32_t probabilities[kSteps][kRowTiles][4];
-    const auto exponentiate = [&](int step) {
+    if constexpr (C::kTilePeaks) {
+      uint32_t codes[C::kBlockN / 32][kRowTiles][4];
 #pragma unroll
       for (int t = 0; t < kRowTiles; t++) {
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-          float e[4];
+        for (int half = 0; half < 2; half++) {
+          uint32_t total = 0;
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            float x;
-            if constexpr (kLazy)
-              x = __int_as_float(raw[t][2 * step + n][i]);
-            else
-              x = s[t][2 * step + n][i];
-            e[i] = ptx::exp2_approx(fmaf(x, multiplier[t][i / 2], addend[t][i / 2]));
-            sum[t][i / 2] += e[i];
-          }
+          for (int n = 0; n < kNTiles; n += 2) {
+            uint32_t bits[4];
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            uint32_t pair = pack<C::kPV>(e[2 * half], e[2 * half + 1]);
-            if constexpr (C::kColumnTerms) pair = round_codes(pair, p);
-            probabilities[step][t][2 * n + half] = pair;
+            for (int i = 0; i < 4; i++) {
+              const float x = s[t][n + i / 2][2 * half + i % 2];
+              bits[i] = bits_of(ptx::exp2_approx(fmaf(x, multiplier[t][half], addend[t][half])) + kBias);
+            }
+            const uint32_t four =
+                __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+            codes[n / 4][t][n / 2 % 2 * 2 + half] = four;
+            total = __dp4a(four, 0x01010101u, total);
           }
+          sum[t][half] = fmaf(static_cast<float>(total), gain[t][half], sum[t][half]);
         }
       }
-    };
-    exponentiate(0);
+      multiply_pv_bytes<C>(o, codes, gain, v_tile);
+      return;
+    } else {
+      // Then P, 16 keys at a time, so that exponentials overlap the products of the keys before.
+      constexpr int kSteps = C::kBlockN / 16;
+      uint32_t probabilities[C::kFp8 ? kSteps / 2 : kSteps][kRowTiles][4];
+      const auto exponentiate = [&](int step) {
 #pragma unroll
-    for (int step = 0; step < kSteps; step++) {
-      if (step + 1 < kSteps) exponentiate(step + 1);
-      if constexpr (!C::kF16Accumulator) multiply_pv<C>(o, probabilities[step], v_tile, step);
+        for (int t = 0; t < kRowTiles; t++) {
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            float e[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              float x;
+              if constexpr (kLazy)
+                x = __int_as_float(raw[t][2 * step + n][i]);
+              else
+                x = s[t][2 * step + n][i];
+              e[i] = ptx::exp2_approx(fmaf(x, multiplier[t][i / 2], addend[t][i / 2]));
+              sum[t][i / 2] += e[i];
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+              if constexpr (C::kFp8) {
+                const uint32_t pair = ptx::pack_e4m3(e[2 * half], e[2 * half + 1]);
+                uint32_t& word = probabilities[step / 2][t][step % 2 * 2 + half];
+                word = n == 0 ? pair : word | pair << 16;
+              } else {
+                uint32_t pair = pack<C::kPV>(e[2 * half], e[2 * half + 1]);
+                if constexpr (C::kColumnTerms) pair = round_codes(pair, p);
+                probabilities[step][t][2 * n + half] = pair;
+              }
+            }
+          }
+        }
+      };
+      exponentiate(0);
+#pragma unroll
+      for (int step = 0; step < kSteps; step++) {
+        if (step + 1 < kSteps) exponentiate(step + 1);
+        if constexpr (!C::kF16Accumulator && !C::kFp8) multiply_pv<C>(o, probabilities[step], v_tile, step);
+      }
+      if constexpr (C::kFp8)
+        multiply_pv_fp8<C>(o, probabilities, v_tile);
+      else if constexpr (C::kF16Accumulator)
+        multiply_pv_f16<C>(o, probabilities, v_tile);
     }
-    if constexpr (C::kF16Accumulator) multiply_pv_f16<C>(o, probabilities, v_tile);
   };
   // What else takes the longer way than the edges of what rows see; known one tile ahead.
   const auto find_obstacles = [&](int tile) {
@@ -870,6 +1258,68 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     for (; tile >= 0 && !is_open(); advance()) process(std::true_type{});
   }
 
+  if constexpr (C::kBeyond) {
+    if (p.band) {
+      ptx::copy_async_wait<0>();
+      auto& exact = *reinterpret_cast<ExactTile<C>*>(shared);
+      static_assert(sizeof(exact) <= C::kSharedBytes);
+#pragma unroll 1
+      for (tile = end - 1; tile >= begin; tile--) {
+        if (!is_exact(tile) || mask_state(tile) == TileState::kClosed) continue;
+        const int key0 = tile * C::kBlockN;
+        float s[kRowTiles][kNTiles][4] = {};
+        multiply_exactly<C>(p, exact, s, batch, head, row0, key0);
+        const auto each_score = [&](auto change) {
+#pragma unroll
+          for (int n = 0; n < kNTiles; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) change(s[0][n][e], 0, e / 2, n * 8 + c * 2 + e % 2);
+        };
+        each_score([&](float& x, int, int half, int) {
+          x *= factor[0][half] == factor[0][half] ? p.raw_log2 : factor[0][half];
+        });
+        score_bad_keys(tile, [&](int t, int n, int e, float x) { s[t][n][e] = x; });
+        change_scores(p, each_score, batch, head, lane_row, key0);
+        float rescale[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          uint64_t bits = visible(tile, 0, half);
+          seen |= bits != 0 ? 1u << half : 0;
+          bits = visible_codes(tile, 0, half) >> c * 2;
+          float largest = -INFINITY;
+#pragma unroll
+          for (int n = 0; n < kNTiles; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              float& x = s[0][n][2 * half + e];
+              x = bits >> (n * 8 + e) & 1 ? x : -INFINITY;
+              largest = fmaxf(largest, x);
+            }
+          largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+          largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+          const float top = fmaxf(maximum[0][half], largest), offset = top == -INFINITY ? 0.0f : top;
+          rescale[half] = ptx::exp2_approx(maximum[0][half] - offset);
+          maximum[0][half] = top;
+          sum[0][half] *= rescale[half];
+#pragma unroll
+          for (int n = 0; n < kNTiles; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              float& x = s[0][n][2 * half + e];
+              x = ptx::exp2_approx(x - offset + p.log2_range);
+              sum[0][half] += x;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < kDTiles; n++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) o[0][n][e] *= rescale[e / 2];
+        add_values_exactly<C>(p, exact, o, s, batch, kv_head, key0,
+                              [&](int t, int half) { return visible_codes(tile, t, half); });
+      }
+    }
+  }
+
   // Epilogue: O / sum, straight from the fragments.
 #pragma unroll
   for (int t = 0; t < kRowTiles; t++) {
@@ -884,14 +1334,31 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
       const float shift = C::kShift - (C::kColumnTerms ? p.log2_range : 0.0f);  // of sums
       const float row_shift = p.lse_shift != nullptr ? p.lse_shift[plane * p.q_tokens + row] : 0.0f;
       float top = maximum[t][half], kept = 1.0f, share = 1.0f, unseen = -INFINITY;
-      if (C::kGeneral && p.sinks != nullptr) {  // a logit that counts in the denominator alone
-        unseen = p.sinks[head * p.sinks_stride];
-        const float sink = (unseen - row_shift) * kLog2e;
-        top = fmaxf(top, sink);
+      // A logit that counts in the denominator alone, and a first key that is apart from the others.
+      const bool adds_first = first_apart && (visible(0, t, half) & 1);
+      [[maybe_unused]] float first_share = 0.0f;
+      if (C::kGeneral && (p.sinks != nullptr || adds_first)) {
+        float sink = -INFINITY, of_first = 0.0f;
+        if (p.sinks != nullptr) {
+          unseen = p.sinks[head * p.sinks_stride];
+          sink = (unseen - row_shift) * kLog2e;
+          top = fmaxf(top, sink);
+        }
+        if constexpr (C::kBeyond) {
+          float first = -INFINITY;
+          if (adds_first) {
+            first = p.first_scores[plane * p.q_tokens + row] * kLog2e;
+            change_scores(
+                p, [&](auto change) { change(first, t, half, 0); }, batch, head, lane_row, 0);
+          }
+          top = fmaxf(top, first);
+          of_first = ptx::exp2_approx(first - top - shift);
+        }
         kept = ptx::exp2_approx(maximum[t][half] - top);
         const float of_keys = total * kept;
-        total = of_keys + ptx::exp2_approx(sink - top - shift);
+        total = of_keys + ptx::exp2_approx(sink - top - shift) + of_first;
         share = of_keys / total;
+        if constexpr (C::kBeyond) first_share = of_first / total;
       }
       const float inverse = kept / total;
       if (p.lse != nullptr && c == 0) {
@@ -908,6 +1375,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
           float value = o[t][n][2 * half + e] * inverse;
           if (p.v_scales != nullptr) value *= p.v_scales[kv_plane * p.v_dim + channel];
           if (p.v_mean != nullptr) value += p.v_mean[kv_plane * p.v_dim + channel] * share;
+          if (C::kBeyond && adds_first) {
+            const float of_first = raw_value(p.v_raw, p.v_raw_dtype, batch, kv_head, 0, channel);
+            value += is_finite(of_first) ? of_first * first_share : of_first;
+          }
           // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
           if (is_finite(value)) value = fminf(fmaxf(value, -p.largest), p.largest);
           store_element(p.o, p.out_dtype, o_row + channel * p.o_stride[3], sees ? value : 0.0f);
@@ -981,6 +1452,33 @@ void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool c
     }
   }
   launch(kNo, kNo, kYes);
+}
+
+// Products of codes by FP8 or INT4 tensor cores; where scores may be masked by those of FP8 alone.
+template <int kHeadDim, bool kGeneral>
+void launch_codes_for(const AttentionParams& params, bool int4, bool fp8, bool f16_accumulator, int64_t planes,
+                      cudaStream_t stream) {
+  using ptx::Operand;
+  const auto launch = [&](auto qk, auto pv, auto accumulator) {
+    constexpr Operand kQK = decltype(qk)::value, kPV = decltype(pv)::value;
+    launch_attention<AttentionConfig<kHeadDim, kQK, kPV, decltype(accumulator)::value, true, true, kGeneral>>(
+        params, planes, stream);
+  };
+  constexpr std::integral_constant<Operand, Operand::kS8> kInt8;
+  constexpr std::integral_constant<Operand, Operand::kE4M3> kE4M3;
+  if constexpr (!kGeneral) {
+    constexpr std::integral_constant<Operand, Operand::kS4> kInt4;
+    constexpr std::integral_constant<Operand, Operand::kF16> kF16;
+    if (int4) return fp8 ? launch(kInt4, kE4M3, std::false_type{}) : launch(kInt4, kF16, std::false_type{});
+  }
+  f16_accumulator ? launch(kInt8, kE4M3, std::true_type{}) : launch(kInt8, kE4M3, std::false_type{});
+}
+
+template <int kHeadDim>
+void launch_sage_int8_for(const AttentionParams& params, int64_t planes, cudaStream_t stream) {
+  using ptx::Operand;
+  launch_attention<AttentionConfig<kHeadDim, Operand::kS8, Operand::kS8, false, true, true, true>>(params, planes,
+                                                                                                   stream);
 }
 
 }  // namespace sage::cuda

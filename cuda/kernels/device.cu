@@ -81,6 +81,17 @@ int compute_capability(int ordinal) {
          attribute(ordinal, cudaDevAttrComputeCapabilityMinor);
 }
 
+// Never launched: it tells which features the portable kernels were compiled with.
+__global__ void portable_kernel() {}
+
+int code_level(int ordinal) {
+  SAGE_CUDA(cudaSetDevice(ordinal));
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, portable_kernel) == cudaSuccess) return attributes.ptxVersion;
+  cudaGetLastError();  // no kernel runs, as the first one will say
+  return kLeastComputeCapability;
+}
+
 void check_ordinal(int ordinal) {
   const int count = cuda_device_count();
   if (ordinal >= 0 && ordinal < count) return;
@@ -219,6 +230,8 @@ DeviceTraits cuda_traits(int ordinal) {
   DeviceTraits traits;
   traits.cpu = false;
   traits.compute_capability = cuda::compute_capability(ordinal);
+  traits.code_level = cuda::code_level(ordinal);
+  traits.architecture = traits.compute_capability;
   traits.multiprocessors = cuda::attribute(ordinal, cudaDevAttrMultiProcessorCount);
   return traits;
 }

@@ -15,8 +15,9 @@ void check(cudaError_t status, const char* what, const char* file, int line);
 // ---- mean.cu: the mean of every block_rows rows, in the order that numerics.h fixes -----------------------
 size_t mean_scratch_bytes(const View& x, int64_t block_rows);
 void launch_mean(const View& x, const View& mean, int64_t block_rows, void* scratch, cudaStream_t stream);
-void launch_subtract_mean(const View& x, const View& mean, int64_t block_rows, const View& smoothed,
-                          cudaStream_t stream);
+// The same; `smoothed`, unless it is absent, receives what is left of x.
+void launch_smooth(const View& x, const View& mean, int64_t block_rows, const View& smoothed, void* scratch,
+                   cudaStream_t stream);
 
 // ---- quantize.cu, dequantize.cu ----------------------------------------------------------------------------
 // `not_finite`, where it is not null, receives one bit a row, [B, H, ceil(N / 32)] words: the row holds a value
@@ -37,6 +38,16 @@ size_t values_scratch_bytes(const View& v);
 void launch_values(const View& v, const View& mean, DType codes, float range, const View& v16, const View& scales,
                    uint32_t* not_finite, void* scratch, cudaStream_t stream);
 
+// ---- tile_values.cu: codes of V in tiles of 64 keys, a row for each channel, zeros beyond ---------------------
+// In 16 keys those with one lane's scores come together: 0, 1, 8, 9, 2, 3, 10, 11, ...
+// v: FP8 codes, or the FP16 numbers that they are, [B, H, N, D]. tiles [B, H, ceil(N / 64) * D', 64] of rows up to D'.
+// FP16 numbers that are not finite become codes that no finite one has.
+constexpr uint8_t kInfinityCode = 0xff, kMinusInfinityCode = 0x80, kNotANumberCode = 0x7f;
+void launch_fp8_tiles(const View& v, const View& tiles, cudaStream_t stream);
+// INT8 codes [B, H, N, Dv] as tiles [B, H, ceil(N / 64), rows, 64]; `not_finite` receives one bit a token, as above,
+// and their codes are 0.
+void launch_int8_tiles(const View& codes, int rows, void* tiles, uint32_t* not_finite, cudaStream_t stream);
+
 // ---- masks.cu: which tiles of a mask need to be looked at -------------------------------------------------
 enum class TileState : uint8_t { kClosed, kOpen, kAdds, kHides };  // kAdds: numbers, but all keys are visible
 
@@ -55,14 +66,14 @@ void launch_decode(const AttentionOp& op, void* workspace, cudaStream_t stream);
 // Quantized operands in the kernel's own layout, made by stream.cu with the launchers above.
 struct SageOp {
   View q_raw, k_raw;  // what the codes were made of; absent where nobody knows
-  View q, k;          // INT8, channels padded with zeros to plan.padded_head_dim
+  View q, k;          // INT8 (plan.int4_products: pairs in bytes), channels padded with zeros to plan.padded_head_dim
   const uint32_t* q_not_finite;
   const uint32_t* k_not_finite;
   const uint32_t* v_not_finite;  // or null: that of V where P is rounded, so that it may be 0
   View q_scales, k_scales;       // f32 [B, H, groups, 1]
   View delta;  // absent, or f32 [B, Hq, ceil(Nq / delta_rows), Nk]: (rows subtracted from Q) . K^T, not yet times scale
   int64_t delta_rows;
-  View v;                 // f16: numbers, or codes of INT8 or FP8
+  View v;                 // f16: numbers, or codes of INT8 or FP8; or tiles: plan.fp8_products, sage-int8
   DType v_dtype;          // of V as it was given
   View v_scales, v_mean;  // f32 [B, H, 1, Dv] or absent
   View o, lse;
@@ -70,8 +81,12 @@ struct SageOp {
   Masking masking;
   MaskTiles mask_tiles;  // where there is a mask
   bool causal;           // masking.after == 0
-  float scale;
+  float scale;           // of codes
   Plan plan;
+  // Beyond the papers, and for kernel sage-int8:
+  View v_raw;         // V as it was given: numbers, or INT8 codes
+  View first_scores;  // absent, or f32 [B, Hq, Nq, 1]: scale * q . (first key), which is then apart from the others
+  View k_mean;        // f32 [B, Hkv, means, D], where the plan has a band or means of tiles of keys
 };
 void launch_sage(const SageOp& op, cudaStream_t stream);
 

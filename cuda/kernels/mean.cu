@@ -13,6 +13,7 @@ struct MeanArguments {
   int64_t means, chunks;  // of one head; of one mean
   float* sums;            // [planes, means, chunks, channels]
   uint8_t* counts;
+  Tensor smoothed;  // what is left of x, where a mean has one chunk
 };
 
 // lanes[0] becomes the sum of all, in halves.
@@ -26,9 +27,11 @@ __device__ __forceinline__ void fold_halves(Number (&lanes)[kLanes]) {
   }
 }
 
+struct Nothing {};
+
 // A block sums blockDim.z chunks of a head, one lane of a chunk a thread row. The only chunk of a mean becomes the mean
-// itself.
-template <DType kType>
+// itself, and is subtracted, in type Out, from the rows that are still at hand.
+template <DType kType, class Out>
 __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
     sum_chunks_kernel(const __grid_constant__ MeanArguments a, Place corner) {
   const int octets = blockDim.x, width = octets * 8, lane = threadIdx.y, channel = threadIdx.x * 8;
@@ -87,22 +90,41 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
   quads[octets + threadIdx.x] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   __syncthreads();
 
-  if (item >= a.means * a.chunks) return;
+  constexpr bool kSubtracts = !std::is_same_v<Out, Nothing>;
+  const bool exists = item < a.means * a.chunks;
+  if (!kSubtracts && !exists) return;
   const int64_t plane = place.plane.batch * a.heads + place.plane.head;
   const int64_t partial = (plane * a.means * a.chunks + item) * a.x.channels;
   for (int at = lane * octets + threadIdx.x; at < width; at += octets * kChunkLanes) {
     const int c = at % (width / 2) / 4 * 8 + at / (width / 2) * 4 + at % 4;
-    if (c >= a.x.channels) continue;
+    if (!exists || c >= a.x.channels) continue;
     float lanes[kChunkLanes];
 #pragma unroll
     for (int i = 0; i < kChunkLanes; i++) lanes[i] = lane_sums[i * width + at];
     fold_halves(lanes);
     const int count = rows - missing[c];
-    if (a.chunks == 1) {
-      float_at(a.mean, plane_of(a.mean, place.plane), mean, c) = mean_of(lanes[0], count);
+    if (kSubtracts || a.chunks == 1) {
+      const float value = mean_of(lanes[0], count);
+      float_at(a.mean, plane_of(a.mean, place.plane), mean, c) = value;
+      if (kSubtracts) lane_sums[at] = value;  // nobody else reads this column
     } else {
       a.sums[partial + c] = lanes[0];
       a.counts[partial + c] = static_cast<uint8_t>(count);
+    }
+  }
+  if constexpr (kSubtracts) {
+    __syncthreads();
+    const float4 low = reinterpret_cast<const float4*>(lane_sums)[threadIdx.x];
+    const float4 high = reinterpret_cast<const float4*>(lane_sums)[octets + threadIdx.x];
+    const float value[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    char* to = row_of(a.smoothed, plane_of(a.smoothed, place.plane), row + lane);
+#pragma unroll
+    for (int i = 0; i < kLaneRows; i++, to += kChunkLanes * a.smoothed.token_stride) {
+      if (lane + i * kChunkLanes >= rows) break;
+      unpack(raw[i], x);
+#pragma unroll
+      for (int j = 0; j < 8; j++) x[j] -= value[j];
+      store_octet(pack<Out::value>(x), a.smoothed, to, channel);
     }
   }
 }
@@ -191,7 +213,24 @@ size_t mean_scratch_bytes(const View& x, int64_t block_rows) {
   return mean_scratch_bytes(x.batch() * x.heads(), x.tokens(), x.channels(), block_rows);
 }
 
-void launch_mean(const View& x, const View& mean, int64_t block_rows, void* scratch, cudaStream_t stream) {
+static void launch_subtract_mean(const View& x, const View& mean, int64_t block_rows, const View& smoothed,
+                                 cudaStream_t stream) {
+  const dim3 block = block_of(x.channels());
+  SubtractArguments a{};
+  a.x = make_tensor(x);
+  a.smoothed = make_tensor(smoothed);
+  a.means = make_means(mean, block_rows);
+  for_float_type(x.dtype, [&](auto in) {
+    for_float_type(smoothed.dtype, [&](auto out) {
+      launch_grid(x, tiles_of(x.tokens(), kSubtractRows * block.y), [&](dim3 grid, Place corner) {
+        subtract_mean_kernel<decltype(in)::value, decltype(out)::value><<<grid, block, 0, stream>>>(a, corner);
+      });
+    });
+  });
+}
+
+void launch_smooth(const View& x, const View& mean, int64_t block_rows, const View& smoothed, void* scratch,
+                   cudaStream_t stream) {
   MeanArguments a{};
   a.x = make_tensor(x);
   a.mean = make_tensor(mean);
@@ -206,31 +245,26 @@ void launch_mean(const View& x, const View& mean, int64_t block_rows, void* scra
   dim3 block(block_of(x.channels()).x, kChunkLanes);
   while (block.x * block.y * block.z < 256) block.z *= 2;
   const size_t shared = block.z * (kChunkLanes + 1) * block.x * 8 * sizeof(float);
-  for_float_type(x.dtype, [&](auto type) {
+  const auto sum = [&](auto in, auto out) {
     launch_grid(x, tiles_of(chunks, block.z), [&](dim3 grid, Place corner) {
-      sum_chunks_kernel<decltype(type)::value><<<grid, block, shared, stream>>>(a, corner);
+      sum_chunks_kernel<decltype(in)::value, decltype(out)><<<grid, block, shared, stream>>>(a, corner);
     });
-  });
-  if (a.chunks == 1) return;
-  launch_grid(x, a.means * tiles_of(x.channels(), kFoldChannels), [&](dim3 grid, Place corner) {
-    fold_chunks_kernel<<<grid, dim3(kFoldChannels, kFoldLanes), 0, stream>>>(a, corner);
-  });
+  };
+  if (smoothed && a.chunks == 1) {
+    a.smoothed = make_tensor(smoothed);
+    return for_float_type(x.dtype, [&](auto in) { for_float_type(smoothed.dtype, [&](auto out) { sum(in, out); }); });
+  }
+  for_float_type(x.dtype, [&](auto in) { sum(in, Nothing{}); });
+  if (a.chunks > 1) {
+    launch_grid(x, a.means * tiles_of(x.channels(), kFoldChannels), [&](dim3 grid, Place corner) {
+      fold_chunks_kernel<<<grid, dim3(kFoldChannels, kFoldLanes), 0, stream>>>(a, corner);
+    });
+  }
+  if (smoothed) launch_subtract_mean(x, mean, block_rows, smoothed, stream);
 }
 
-void launch_subtract_mean(const View& x, const View& mean, int64_t block_rows, const View& smoothed,
-                          cudaStream_t stream) {
-  const dim3 block = block_of(x.channels());
-  SubtractArguments a{};
-  a.x = make_tensor(x);
-  a.smoothed = make_tensor(smoothed);
-  a.means = make_means(mean, block_rows);
-  for_float_type(x.dtype, [&](auto in) {
-    for_float_type(smoothed.dtype, [&](auto out) {
-      launch_grid(x, tiles_of(x.tokens(), kSubtractRows * block.y), [&](dim3 grid, Place corner) {
-        subtract_mean_kernel<decltype(in)::value, decltype(out)::value><<<grid, block, 0, stream>>>(a, corner);
-      });
-    });
-  });
+void launch_mean(const View& x, const View& mean, int64_t block_rows, void* scratch, cudaStream_t stream) {
+  launch_smooth(x, mean, block_rows, {}, scratch, stream);
 }
 
 }  // namespace sage::cuda

@@ -13,6 +13,7 @@ struct GroupArguments {
   Tensor x, codes, scales;
   Means means;
   float range;
+  int rotated;        // channels of a rotated row
   int64_t span_rows;  // of whole groups: what one block owns
   int span_groups, span_words;
   uint32_t run_inverse;  // of group_rows, as in Runs
@@ -67,6 +68,38 @@ __device__ __forceinline__ void write_scale(const GroupArguments& a, const Place
   if (index < a.scales.tokens) float_at(a.scales, plane_of(a.scales, place.plane), index, 0) = scale;
 }
 
+// ---- rotation ---------------------------------------------------------------------------------------------------
+
+// Rotates the row that an octet is part of, as numerics.h has it: the other octets are those of the threads beside this
+// one, which are all here.
+__device__ __forceinline__ void rotate(float (&x)[8], int channels) {
+  const int octets = max(channels / 8, 1), lane = (threadIdx.y * blockDim.x + threadIdx.x) % 32;
+  const int channel = threadIdx.x * 8;
+  const uint32_t row = ~0u >> (32 - octets) << lane / octets * octets;  // its threads, but for those of padding
+#pragma unroll
+  for (int j = 0; j < 8; j++) x[j] *= rotation_sign(channel + j) / static_cast<float>(channels);
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) {
+    if (step >= channels) return;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      if (j & step) continue;
+      const float a = x[j], b = x[j + step];
+      x[j] = a + b;
+      x[j + step] = a - b;
+    }
+  }
+#pragma unroll 1
+  for (int step = 1; step * 8 < channels; step *= 2) {
+    const bool upper = (threadIdx.x & step) != 0;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const float other = __shfl_xor_sync(row, x[j], step);
+      x[j] = upper ? other - x[j] : x[j] + other;
+    }
+  }
+}
+
 // ---- spans that a block holds in registers ----------------------------------------------------------------------
 
 constexpr int kRows = 8;  // of one thread
@@ -112,8 +145,8 @@ __device__ __forceinline__ float fold_rows(float (&largest)[kRows], int& row) {
 
 // Octets are vectors and codes have the rows of x. Blocks run from the last rows to the first: their mean was taken in
 // the other direction. Rows are read again only where a value is not finite.
-template <DType kType, DType kCode, bool kMean>
-__global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
+template <DType kType, DType kCode, bool kMean, bool kRotate>
+__global__ void __maxnreg__(kRotate || kType == DType::kF32 ? 128 : 80)
     quantize_span_kernel(const __grid_constant__ GroupArguments a, Place corner) {
   extern __shared__ uint32_t shared[];  // a Span and the inverse scales of rows, as many as a block can hold
   const int lane = threadIdx.y, step = blockDim.y, octets = blockDim.x, channel = threadIdx.x * 8;
@@ -123,27 +156,46 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
   const int rows = static_cast<int>(min(a.x.tokens - first_row, a.span_rows));
   const char* const from = row_of(a.x, plane_of(a.x, place.plane), first_row + lane);
 
-  Octet<kType> raw[kRows];
-  load_vectors(raw, a.x, from, rows - lane, step, channel);
+  Octet<kType> loaded[kRows];
+  load_vectors(loaded, a.x, from, rows - lane, step, channel);
   const SharedMean mean(a.means, place.plane, first_row, channel);
-  const auto value = [&](const Octet<kType>& octet, float(&x)[8]) {
+  const auto center = [&](const Octet<kType>& octet, float(&x)[8]) {
     unpack(octet, x);
     if constexpr (kMean) {
 #pragma unroll
       for (int j = 0; j < 8; j++) x[j] -= mean[j];
     }
+    if constexpr (kRotate) rotate(x, a.rotated);
+  };
+  // What is held: rotated rows, or those that were loaded.
+  std::conditional_t<kRotate, Octet<DType::kF32>, Octet<kType>> raw[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; i++) {
+    if constexpr (kRotate) {
+      float x[8];
+      center(loaded[i], x);
+      memcpy(raw[i].word, x, sizeof(x));
+    } else {
+      raw[i] = loaded[i];
+    }
+  }
+  const auto value = [&](const auto& octet, float(&x)[8]) {
+    if constexpr (kRotate)
+      memcpy(x, octet.word, sizeof(x));
+    else
+      center(octet, x);
   };
   const auto value_again = [&](int row, float(&x)[8]) {
     Octet<kType> octet[1];
     load_vectors(octet, a.x, from + row * step * a.x.token_stride, 1, 1, channel);
-    value(octet[0], x);
+    center(octet[0], x);
   };
   Span span(a, shared);
 
   float largest[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; i++) {
-    if constexpr (kMean) {
+    if constexpr (kMean || kRotate) {
       float x[8];
       value(raw[i], x);
       largest[i] = magnitude(magnitude(magnitude(x[0], x[1]), magnitude(x[2], x[3])),
@@ -224,7 +276,7 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
 
 // ---- any other spans: everything is read twice ------------------------------------------------------------------
 
-template <DType kType, DType kCode>
+template <DType kType, DType kCode, bool kRotate>
 __global__ void __maxnreg__(64) quantize_any_kernel(const __grid_constant__ GroupArguments a, Place corner) {
   extern __shared__ uint32_t shared[];  // a Span
   const int lane = threadIdx.y, step = blockDim.y, channel = threadIdx.x * 8;
@@ -252,6 +304,7 @@ __global__ void __maxnreg__(64) quantize_any_kernel(const __grid_constant__ Grou
 #pragma unroll
           for (int j = 0; j < 8; j++) x[j] -= mean[j];
         }
+        if constexpr (kRotate) rotate(x, a.rotated);
         body(window + local, local, x);
       }
     }
@@ -286,6 +339,7 @@ __global__ void __maxnreg__(64) quantize_any_kernel(const __grid_constant__ Grou
 // ---- both -------------------------------------------------------------------------------------------------------
 
 void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStream_t stream) {
+  if (op.rotate && op.codes.dtype != DType::kI8) SAGE_FAIL(SAGE_INTERNAL, "Cannot rotate rows but for codes of a byte");
   const Groups groups = make_groups(op.grouping, op.group_rows);
   dim3 block = block_of(op.codes.channels());
   const int64_t run_rows = groups.runs.rows;
@@ -301,6 +355,7 @@ void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStre
   a.scales = make_tensor(op.scales);
   a.means = make_means(op.mean, op.mean_rows);
   a.range = op.range;
+  a.rotated = rotated_channels(op.x.channels());
   a.span_rows = runs * run_rows;
   a.span_groups = static_cast<int>(runs * groups.a_run());
   a.run_inverse = groups.runs.inverse;
@@ -319,19 +374,22 @@ void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStre
   const bool one_mean = a.means.tensor.vectors && (op.mean.tokens() == 1 || op.mean_rows % a.span_rows == 0);
   const bool common =
       holds_span && a.x.vectors && a.codes.vectors && op.codes.tokens() == op.x.tokens() && (!op.mean || one_mean);
-  for_float_type(op.x.dtype, [&](auto type) {
-    for_code_type(op.codes.dtype, [&](auto code) {
-      constexpr DType kType = decltype(type)::value, kCode = decltype(code)::value;
-      launch_grid(op.codes, tiles_of(op.codes.tokens(), a.span_rows), [&](dim3 grid, Place corner) {
-        const size_t held = shared + tile_rows * sizeof(float);
-        if (!common)
-          quantize_any_kernel<kType, kCode><<<grid, block, shared, stream>>>(a, corner);
-        else if (op.mean)
-          quantize_span_kernel<kType, kCode, true><<<grid, block, held, stream>>>(a, corner);
-        else
-          quantize_span_kernel<kType, kCode, false><<<grid, block, held, stream>>>(a, corner);
-      });
+  const auto launch = [&](auto type, auto code, auto rotate) {
+    constexpr DType kType = decltype(type)::value, kCode = decltype(code)::value;
+    constexpr bool kRotate = decltype(rotate)::value;
+    launch_grid(op.codes, tiles_of(op.codes.tokens(), a.span_rows), [&](dim3 grid, Place corner) {
+      const size_t held = shared + tile_rows * sizeof(float);
+      if (!common)
+        quantize_any_kernel<kType, kCode, kRotate><<<grid, block, shared, stream>>>(a, corner);
+      else if (op.mean || kRotate)  // what is absent counts as zeros
+        quantize_span_kernel<kType, kCode, true, kRotate><<<grid, block, held, stream>>>(a, corner);
+      else
+        quantize_span_kernel<kType, kCode, false, false><<<grid, block, held, stream>>>(a, corner);
     });
+  };
+  for_float_type(op.x.dtype, [&](auto type) {
+    if (op.rotate) return launch(type, TypeOf<DType::kI8>{}, std::true_type{});
+    for_code_type(op.codes.dtype, [&](auto code) { launch(type, code, std::false_type{}); });
   });
 }
 

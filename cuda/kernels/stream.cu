@@ -43,27 +43,21 @@ View without_padding(View view, int64_t channels) {
   return view;
 }
 
+// INT4 codes as the bytes that hold pairs of them; others as they are.
+View in_bytes(View view) {
+  if (view.dtype != DType::kI4) return view;
+  view.dtype = DType::kI8;
+  view.shape[3] /= 2;
+  for (int i = 0; i < 3; i++) view.stride[i] /= 2;
+  return view;
+}
+
 // Rows that the attention kernels can copy 16 bytes at a time.
 bool has_aligned_rows(const View& codes) {
   for (int i = 0; i < 3; i++) {
     if (codes.shape[i] != 1 && codes.stride[i] % 16 != 0) return false;
   }
   return codes.stride[3] == 1 && reinterpret_cast<uintptr_t>(codes.data) % 16 == 0;
-}
-
-AttentionShape shape_of(const View& q, const View& k, const View& v, const View& o, const Masking& masking) {
-  return {q.batch(),
-          q.heads(),
-          k.heads(),
-          q.tokens(),
-          k.tokens(),
-          q.channels(),
-          v.channels(),
-          q.dtype,
-          o.dtype,
-          masking.after == 0,
-          has_boxes(q) && has_boxes(k) && has_boxes(v),
-          masking};
 }
 
 // What V may grow to in FP16: with FP32 sums a power of two that FP16 holds; with FP16 sums of one key tile, whose
@@ -249,8 +243,7 @@ class CudaStream final : public Stream {
     const Workspace scratch(*this, mean_scratch_bytes(op.x, op.block_rows));
     Stages stages(current_trace());
     stages.begin("smooth");
-    launch_mean(op.x, op.mean, op.block_rows, scratch.at(0), stream_);
-    if (op.smoothed) launch_subtract_mean(op.x, op.mean, op.block_rows, op.smoothed, stream_);
+    launch_smooth(op.x, op.mean, op.block_rows, op.smoothed, scratch.at(0), stream_);
   }
 
   void quantize(const QuantizeOp& op) override {
@@ -462,6 +455,7 @@ class CudaStream final : public Stream {
     op.group_rows = group_rows;
     op.mean_rows = mean_rows;
     op.range = plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
+    op.rotate = plan.rotate;
     launch_quantize(op, not_finite, nullptr, stream);
   }
 
@@ -474,6 +468,42 @@ class CudaStream final : public Stream {
     launch_values(v, mean, form.codes, form.range, v16, run.v_scales, not_finite, scratch, stream);
     v16.shape[3] = v.channels();
     run.v = v16;
+  }
+
+  // FP16 numbers that are codes, as FP8 products take them.
+  View fp8_tiles(const View& v, const Plan& plan, void* to, cudaStream_t stream) {
+    const int64_t k_tiles = (v.tokens() + plan.block_k - 1) / plan.block_k;
+    const View tiles = dense(to, DType::kE4M3, v.batch(), v.heads(), k_tiles * plan.padded_head_dim, plan.block_k);
+    launch_fp8_tiles(v, tiles, stream);
+    return tiles;
+  }
+
+  // Codes of V as tiles of bytes.
+  void int8_tiles(const View& codes, const Plan& plan, void* tiles, uint32_t* not_finite, SageOp& run,
+                  cudaStream_t stream) {
+    constexpr int64_t kTileKeys = 64;
+    const int64_t rows = (codes.tokens() + kTileKeys - 1) / kTileKeys * plan.padded_head_dim;
+    launch_int8_tiles(codes, plan.padded_head_dim, tiles, not_finite, stream);
+    run.v = dense(tiles, DType::kI8, codes.batch(), codes.heads(), rows, kTileKeys);
+    run.v_not_finite = not_finite;
+  }
+
+  // V in bytes, with the scales of its channels.
+  void quantize_values(const View& v, const View& mean, const Plan& plan, const SageWorkspace& layout, const Lane& lane,
+                       SageOp& run) {
+    View codes = dense(lane.at(layout.v_codes), DType::kI8, v.batch(), v.heads(), v.tokens(), layout.padded_v_dim);
+    run.v_scales = dense(lane.at(layout.v_scales), DType::kF32, v.batch(), v.heads(), 1, v.channels());
+    QuantizeOp op{};
+    op.x = v;
+    op.mean = mean;
+    op.codes = codes;
+    op.scales = run.v_scales;
+    op.per_channel = true;
+    op.mean_rows = v.tokens();
+    op.range = kInt8Range;
+    launch_quantize(op, nullptr, lane.at(layout.scratch), lane.stream);
+    int8_tiles(without_padding(codes, v.channels()), plan, lane.at(layout.v), lane.words_at(layout.v_not_finite), run,
+               lane.stream);
   }
 
   // Every kernel that quantizes but sage2 on sm_90a.
@@ -489,8 +519,8 @@ class CudaStream final : public Stream {
       launch_mean(op.q, q_mean, kQueryMeanRows, nullptr, lane.stream);
     }
     if (plan.smooth_k) {
-      k_mean = dense(lane.at(layout.k_mean), DType::kF32, batch, k_heads, 1, d);
-      launch_mean(op.k, k_mean, nk, lane.at(layout.scratch), lane.stream);
+      k_mean = dense(lane.at(layout.k_mean), DType::kF32, batch, k_heads, layout.k_means, d);
+      launch_mean(op.k, k_mean, plan.k_mean_rows, lane.at(layout.scratch), lane.stream);
     }
     if (plan.smooth_v) {
       v_mean = dense(lane.at(layout.v_mean), DType::kF32, batch, k_heads, 1, dv);
@@ -500,25 +530,40 @@ class CudaStream final : public Stream {
     SageOp run{};
     run.q_raw = op.q;
     run.k_raw = op.k;
-    run.q = dense(lane.at(layout.q_codes), DType::kI8, batch, q_heads, nq, plan.padded_head_dim);
-    run.k = dense(lane.at(layout.k_codes), DType::kI8, batch, k_heads, nk, plan.padded_head_dim);
+    const DType codes = plan.int4_products ? DType::kI4 : DType::kI8;
+    const View q_codes = dense(lane.at(layout.q_codes), codes, batch, q_heads, nq, plan.padded_head_dim);
+    const View k_codes = dense(lane.at(layout.k_codes), codes, batch, k_heads, nk, plan.padded_head_dim);
+    run.q = in_bytes(q_codes);
+    run.k = in_bytes(k_codes);
     run.q_scales = dense(lane.at(layout.q_scales), DType::kF32, batch, q_heads, layout.q_groups, 1);
     run.k_scales = dense(lane.at(layout.k_scales), DType::kF32, batch, k_heads, layout.k_groups, 1);
     run.q_not_finite = lane.words_at(layout.q_not_finite);
     run.k_not_finite = lane.words_at(layout.k_not_finite);
     stages.begin("quantize");
-    quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, run.q, run.q_scales, plan,
+    quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, q_codes, run.q_scales, plan,
                   lane.words_at(layout.q_not_finite), lane.stream);
-    quantize_rows(op.k, k_mean, nk, plan.k_grouping, plan.k_group_rows, run.k, run.k_scales, plan,
+    quantize_rows(op.k, k_mean, plan.k_mean_rows, plan.k_grouping, plan.k_group_rows, k_codes, run.k_scales, plan,
                   lane.words_at(layout.k_not_finite), lane.stream);
 
-    const ProductOperand keys_less_mean{op.k, {}, Grouping::kToken, 1, k_mean, nk, false};
-    const bool shifts = plan.smooth_k && (op.lse || op.masking.sinks || op.masking.softcap > 0);
-    if (plan.smooth_q || shifts) stages.begin("correct");
+    const ProductOperand keys_less_mean{op.k, {}, Grouping::kToken, 1, k_mean, plan.k_mean_rows, false};
+    const bool tile_means = has_tile_means(plan, nk);
+    const bool shifts = plan.smooth_k && !tile_means && (op.lse || op.masking.sinks || op.masking.softcap > 0);
+    // What is quantized is the rotated rows over the number of their channels.
+    const float gain = plan.rotate ? rotated_channels(d) : 1.0f;
+    if (plan.smooth_q || shifts || plan.first_token) stages.begin("correct");
     if (plan.smooth_q) {
       run.delta = dense(lane.at(layout.delta), DType::kF32, batch, q_heads, layout.q_means, nk);
       run.delta_rows = kQueryMeanRows;
-      launch_row_products({q_mean, {}, Grouping::kToken, 1, {}, 1, false}, keys_less_mean, 1.0f, run.delta,
+      launch_row_products({q_mean, {}, Grouping::kToken, 1, {}, 1, false}, keys_less_mean, 1.0f / gain, run.delta,
+                          lane.stream);
+    }
+    if (plan.first_token) {
+      run.first_scores = dense(lane.at(layout.first_scores), DType::kF32, batch, q_heads, nq, 1);
+      View first_key = op.k;
+      first_key.shape[2] = 1;
+      const View mean = tile_means ? View{} : k_mean;
+      launch_row_products({op.q, {}, Grouping::kToken, 1, {}, 1, false},
+                          {first_key, {}, Grouping::kToken, 1, mean, nk, false}, op.scale, run.first_scores,
                           lane.stream);
     }
     if (shifts) {
@@ -527,22 +572,26 @@ class CudaStream final : public Stream {
                           {k_mean, {}, Grouping::kToken, 1, {}, 1, false}, op.scale, run.lse_shift, lane.stream);
     }
 
-    run.v = op.v;
+    run.v = run.v_raw = op.v;
     run.v_dtype = op.v.dtype;
     run.v_mean = v_mean;
+    if (tile_means || plan.band) run.k_mean = k_mean;
     uint32_t* const not_finite = plan.kernel == Kernel::kSage1 ? nullptr : lane.words_at(layout.v_not_finite);
     run.v_not_finite = not_finite;
-    if (layout.convert_v) {
-      stages.begin("pack");
+    if (layout.convert_v) stages.begin("pack");
+    if (plan.kernel == Kernel::kSageInt8) {
+      quantize_values(op.v, v_mean, plan, layout, lane, run);
+    } else if (layout.convert_v) {
       convert_values(op.v, v_mean, layout.padded_v_dim, plan, lane.at(layout.v), lane.at(layout.v_scales),
                      lane.at(layout.scratch), run, not_finite, lane.stream);
     }
+    if (plan.fp8_products) run.v = fp8_tiles(run.v, plan, lane.at(layout.v_tiles), lane.stream);
     run.o = op.o;
     run.lse = op.lse;
     run.masking = op.masking;
     run.mask_tiles = look_at_mask(op.masking, plan, lane, layout.mask_tiles, layout.mask_bits, stages);
     run.causal = op.causal;
-    run.scale = op.scale;
+    run.scale = op.scale * gain;
     run.plan = plan;
     stages.begin("attention");
     plan.architecture == 90 ? sm90::launch_sage1(run, lane.stream) : launch_sage(run, lane.stream);
@@ -629,16 +678,20 @@ class CudaStream final : public Stream {
                           {op.k_mean, {}, Grouping::kToken, 1, {}, 1, false}, op.scale, run.lse_shift, lane.stream);
     }
 
-    run.v = op.v;
+    run.v = run.v_raw = op.v;
     run.v_dtype = op.v.dtype;
     if (needs.convert_v) stages.begin("pack");
-    if (op.v_scales) {
+    if (op.v_scales)
       run.v_scales = pack(needs.pack_v_scales, op.v_scales, DType::kF32, op.v.channels(), layout.v_scales);
+    if (plan.kernel == Kernel::kSageInt8) {
+      int8_tiles(op.v, plan, lane.at(layout.v), lane.words_at(layout.v_not_finite), run, lane.stream);
+    } else if (op.v_scales) {
       run.v = without_padding(pack(true, op.v, DType::kF16, layout.padded_v_dim, layout.v), op.v.channels());
     } else if (needs.convert_v) {
       convert_values(op.v, {}, layout.padded_v_dim, plan, lane.at(layout.v), lane.at(layout.v_scales),
                      lane.at(layout.scratch), run, nullptr, lane.stream);
     }
+    if (plan.fp8_products) run.v = fp8_tiles(run.v, plan, lane.at(layout.v_tiles), lane.stream);
     run.o = op.o;
     run.lse = op.lse;
     run.masking = op.masking;

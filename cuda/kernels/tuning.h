@@ -16,13 +16,22 @@ struct AttentionTuning {
   constexpr int block_q() const { return 16 * row_tiles * warps; }
 };
 
+// Whether some keys have means of their own.
+inline bool has_tile_means(const Plan& plan, int64_t k_tokens) { return plan.smooth_k && plan.k_mean_rows < k_tokens; }
+
+// Whether a call takes the instances that have what goes beyond the papers; rotation is for all.
+inline bool is_beyond(const Plan& plan, int64_t k_tokens) {
+  return plan.kernel == Kernel::kSageInt8 || plan.band || plan.first_token || has_tile_means(plan, k_tokens);
+}
+
 // Whether a call needs the kernels that mask or change scores; windows of any kind are for all.
 inline bool is_general(const Masking& masking) {
   return masking.mask || masking.sinks || masking.alibi || masking.softcap > 0;
 }
 
 // Whether scores need more than one factor a row and tile of keys, or P is codes.
-inline bool has_column_terms(const Plan& plan, bool delta) {
+inline bool has_column_terms(const Plan& plan, bool delta, int64_t k_tokens) {
+  if (is_beyond(plan, k_tokens)) return true;
   constexpr int kBlockKeys = 64;
   const bool whole_tiles = plan.k_grouping != Grouping::kToken && plan.k_group_rows == kBlockKeys;
   return plan.kernel != Kernel::kFlash && (plan.kernel != Kernel::kSage1 || delta || !whole_tiles);
@@ -49,7 +58,7 @@ constexpr AttentionTuning attention_tuning(int padded_head_dim, bool quantized, 
 inline AttentionTuning attention_tuning(const Plan& plan, const Masking& masking, bool column_terms,
                                         long long k_tokens) {
   const bool quantized = plan.kernel != Kernel::kFlash;
-  const bool crowded = is_general(masking) || column_terms;
+  const bool crowded = is_general(masking) || column_terms;  // as whatever is beyond the papers is
   return attention_tuning(plan.padded_head_dim, quantized, plan.f16_accumulator, few_rows_pay(crowded, k_tokens),
                           crowded);
 }

@@ -50,6 +50,12 @@ struct MaskWorkspace {
   }
 };
 
+// Bytes of V in tiles of codes.
+inline int64_t value_tile_bytes(int64_t planes, int64_t tokens, const Plan& plan) {
+  constexpr int64_t kTileKeys = 64;
+  return planes * ((tokens + kTileKeys - 1) / kTileKeys) * kTileKeys * plan.padded_head_dim;
+}
+
 // Offsets for flash: masks alone.
 struct FlashWorkspace {
   Carver carver;
@@ -61,23 +67,27 @@ struct FlashWorkspace {
 // Offsets for kernels that quantize f32, f16 or bf16 tensors; what a call does not need takes no room.
 struct SageWorkspace {
   size_t q_mean, k_mean, v_mean;      // f32
-  size_t q_codes, k_codes;            // INT8 [B, H, N, padded_head_dim]
+  size_t q_codes, k_codes;            // INT8, or INT4 where there are such products, [B, H, N, padded_head_dim]
   size_t q_scales, k_scales;          // f32 [B, H, groups, 1]
   size_t q_not_finite, k_not_finite;  // words of 32 rows
   size_t v_not_finite;                // the same, where V is codes
   size_t delta;                       // f32 [B, Hq, ceil(Nq / 128), Nk]
   size_t lse_shift;                   // f32 [B, Hq, Nq, 1]
-  size_t v, v_scales;                 // f16 [B, Hkv, Nk, padded_v_dim], f32 [B, Hkv, 1, Dv]
+  size_t v, v_scales;                 // f16 [B, Hkv, Nk, padded_v_dim] or tiles of INT8 codes, f32 [B, Hkv, 1, Dv]
+  size_t v_codes;                     // INT8 [B, Hkv, Nk, padded_v_dim], before they are tiles
+  size_t v_tiles;                     // of FP8 codes
+  size_t first_scores;                // f32 [B, Hq, Nq, 1]
   size_t mask_tiles, mask_bits;       // as in MaskTiles
   size_t scratch;                     // of one step at a time
   size_t bytes;                       // of all
   bool convert_v;                     // else V is used as it is
-  int64_t q_means, q_groups, k_groups, padded_v_dim;
+  int64_t q_means, k_means, q_groups, k_groups, padded_v_dim;
 
   SageWorkspace(const AttentionShape& shape, const Plan& plan) {
     const int64_t q_planes = shape.batch * shape.q_heads, k_planes = shape.batch * shape.kv_heads;
     const int64_t nq = shape.q_tokens, nk = shape.k_tokens, d = shape.head_dim, dv = shape.v_dim;
     q_means = (nq + kQueryMeanRows - 1) / kQueryMeanRows;
+    k_means = (nk + plan.k_mean_rows - 1) / plan.k_mean_rows;
     q_groups = group_count(plan.q_grouping, nq, plan.q_group_rows);
     k_groups = group_count(plan.k_grouping, nk, plan.k_group_rows);
     padded_v_dim = (dv + 7) / 8 * 8;
@@ -85,10 +95,11 @@ struct SageWorkspace {
 
     Carver carver;
     q_mean = carver.take_if(plan.smooth_q, q_planes * q_means * d, 4);
-    k_mean = carver.take_if(plan.smooth_k, k_planes * d, 4);
+    k_mean = carver.take_if(plan.smooth_k, k_planes * k_means * d, 4);
     v_mean = carver.take_if(plan.smooth_v, k_planes * dv, 4);
-    q_codes = carver.take(q_planes * nq * plan.padded_head_dim, 1);
-    k_codes = carver.take(k_planes * nk * plan.padded_head_dim, 1);
+    const int64_t row_bytes = plan.int4_products ? plan.padded_head_dim / 2 : plan.padded_head_dim;
+    q_codes = carver.take(q_planes * nq * row_bytes, 1);
+    k_codes = carver.take(k_planes * nk * row_bytes, 1);
     q_scales = carver.take(q_planes * q_groups, 4);
     k_scales = carver.take(k_planes * k_groups, 4);
     q_not_finite = carver.take(q_planes * ((nq + 31) / 32), 4);
@@ -96,15 +107,20 @@ struct SageWorkspace {
     v_not_finite = carver.take_if(plan.kernel != Kernel::kSage1, k_planes * ((nk + 31) / 32), 4);
     delta = carver.take_if(plan.smooth_q, q_planes * q_means * nk, 4);
     lse_shift = carver.take_if(plan.smooth_k, q_planes * nq, 4);
-    v = carver.take_if(convert_v, k_planes * nk * padded_v_dim, 2);
+    const bool tiles = plan.kernel == Kernel::kSageInt8;
+    v = tiles ? carver.take(value_tile_bytes(k_planes, nk, plan), 1)
+              : carver.take_if(convert_v, k_planes * nk * padded_v_dim, 2);
+    v_codes = carver.take_if(tiles, k_planes * nk * padded_v_dim, 1);
     v_scales = carver.take_if(convert_v, k_planes * dv, 4);
+    v_tiles = carver.take_if(plan.fp8_products, value_tile_bytes(k_planes, nk, plan), 1);
+    first_scores = carver.take_if(plan.first_token, q_planes * nq, 4);
     const MaskWorkspace mask(shape.masking.mask, plan.block_q, carver);
     mask_tiles = mask.tiles;
     mask_bits = mask.bits;
 
     size_t step = 0;
     const auto at_least = [&](bool needed, size_t more) { step = needed && more > step ? more : step; };
-    at_least(plan.smooth_k, mean_scratch_bytes(k_planes, nk, d, nk));
+    at_least(plan.smooth_k, mean_scratch_bytes(k_planes, nk, d, plan.k_mean_rows));
     at_least(plan.smooth_v, mean_scratch_bytes(k_planes, nk, dv, nk));
     at_least(convert_v, column_scratch_bytes(k_planes, dv));
     scratch = carver.take(static_cast<int64_t>(step), 1);
@@ -122,7 +138,7 @@ struct QuantizedNeeds {
 // Offsets for kernels on codes.
 struct QuantizedWorkspace {
   size_t q_codes, k_codes, q_scales, k_scales, q_not_finite, k_not_finite;  // as in SageWorkspace
-  size_t delta, lse_shift, v, v_scales, v_mean, scratch, bytes;
+  size_t v_not_finite, delta, lse_shift, v, v_scales, v_mean, v_tiles, scratch, bytes;
   int64_t deltas, q_groups, k_groups, padded_v_dim;
 
   QuantizedWorkspace(const AttentionShape& shape, const Plan& plan, const QuantizedNeeds& needs) {
@@ -140,11 +156,15 @@ struct QuantizedWorkspace {
     k_scales = carver.take_if(needs.pack_k_scales, k_planes * k_groups, 4);
     q_not_finite = carver.take(q_planes * ((nq + 31) / 32), 4);
     k_not_finite = carver.take(k_planes * ((nk + 31) / 32), 4);
+    const bool tiles = plan.kernel == Kernel::kSageInt8;
+    v_not_finite = carver.take_if(tiles, k_planes * ((nk + 31) / 32), 4);
     delta = carver.take_if(needs.delta, q_planes * deltas * nk, 4);
     lse_shift = carver.take_if(needs.lse_shift, q_planes * nq, 4);
-    v = carver.take_if(needs.convert_v, k_planes * nk * padded_v_dim, 2);
+    v = tiles ? carver.take(value_tile_bytes(k_planes, nk, plan), 1)
+              : carver.take_if(needs.convert_v, k_planes * nk * padded_v_dim, 2);
     v_scales = carver.take_if(needs.convert_v || needs.pack_v_scales, k_planes * dv, 4);
     v_mean = carver.take_if(needs.pack_v_mean, k_planes * dv, 4);
+    v_tiles = carver.take_if(plan.fp8_products, value_tile_bytes(k_planes, nk, plan), 1);
     scratch = carver.take_if(needs.convert_v, static_cast<int64_t>(column_scratch_bytes(k_planes, dv)), 1);
     bytes = carver.bytes();
   }
@@ -153,7 +173,7 @@ struct QuantizedWorkspace {
 // Offsets for sage2 on sm_90a.
 struct Sage2Workspace {
   size_t q, q_scales, q_bits, k, k_scales, k_bits, v, v_scales, v_bits, v_peaks, flags, next_item, q_mean, k_mean,
-      v_mean, shifts;
+      v_mean, shifts, shift_peaks;
   size_t bytes;
 
   Sage2Workspace(const AttentionShape& shape, const Plan& plan) {
@@ -178,7 +198,9 @@ struct Sage2Workspace {
     q_mean = carver.take_if(plan.smooth_q, blocks * shape.head_dim, 4);
     k_mean = carver.take_if(plan.smooth_k, k_planes * shape.head_dim, 4);
     v_mean = carver.take(k_planes * dim, 4);
-    shifts = carver.take_if(plan.smooth_q, blocks * (tiles / k_planes) * plan.block_k, 4);
+    const int64_t shift_count = blocks * (tiles / k_planes) * plan.block_k;
+    shifts = carver.take_if(plan.smooth_q, shift_count, 4);
+    shift_peaks = carver.take_if(plan.smooth_q, shift_count / sm90::kShiftsOfPeak, 4);
     bytes = carver.bytes();
   }
 
@@ -202,13 +224,15 @@ struct Sage2Workspace {
     packed.k_mean = plan.smooth_k ? floats(k_mean) : nullptr;
     packed.v_mean = floats(v_mean);
     packed.shifts = plan.smooth_q ? floats(shifts) : nullptr;
+    packed.shift_peaks = plan.smooth_q ? floats(shift_peaks) : nullptr;
     return packed;
   }
 };
 
 // sm_90a has a kernel of its own for these.
 inline bool is_hopper_sage2(const Plan& plan) {
-  return plan.architecture == 90 && (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4);
+  return plan.architecture == 90 &&
+         (plan.kernel == Kernel::kSage2 || plan.kernel == Kernel::kSage2Int4 || plan.kernel == Kernel::kSage2PP);
 }
 
 inline size_t attention_workspace_bytes(const AttentionShape& shape, const Plan& plan) {

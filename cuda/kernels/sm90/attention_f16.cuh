@@ -21,6 +21,7 @@
 #include "../ptx/mma.cuh"
 #include "../ptx/tensor.cuh"
 #include "../ptx/wgmma.cuh"
+#include "flash.h"
 #include "tensor_map.h"
 
 namespace sage::cuda::sm90 {
@@ -58,6 +59,7 @@ struct F16Params {
   DType out_dtype;
   bool wide_o;  // rows of O take 16-byte stores
   int q_tokens, k_tokens, v_dim;
+  int low, high;           // query i sees keys i + low to i + high
   Divisor q_heads, group;  // group: query heads that share one KV head
   int kv_heads;
   Divisor q_blocks;   // of one head; with clusters, groups of them
@@ -87,12 +89,14 @@ struct F16Params {
 
 // kBlockN: keys of a tile; kConsumers: warpgroups that compute; kStages: tiles of K and of V in shared memory;
 // kTakeTurns: warpgroups issue products in turn; kCluster: blocks that share their tiles of K and V.
-template <int kHeadDim_, ptx::Operand kQK_, bool kCausal_, int kBlockN_, int kConsumers_, int kStages_, int kQBuffers_,
+template <int kHeadDim_, ptx::Operand kQK_, F16Mask kMask_, int kBlockN_, int kConsumers_, int kStages_, int kQBuffers_,
           bool kTakeTurns_, int kCluster_ = 1>
 struct F16Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ptx::Half kPV = kQK_ == ptx::Operand::kBF16 ? ptx::Half::kBF16 : ptx::Half::kF16;
-  static constexpr bool kQuantized = kQK_ == ptx::Operand::kS8, kCausal = kCausal_;
+  static constexpr bool kQuantized = kQK_ == ptx::Operand::kS8;
+  // Whether rows have a last key of their own, and a first.
+  static constexpr bool kEnds = kMask_ != F16Mask::kNone, kBegins = kMask_ == F16Mask::kWindow;
   static constexpr int kBlockN = kBlockN_, kConsumers = kConsumers_, kBlockM = 64 * kConsumers;
   static constexpr int kStages = kStages_, kQBuffers = kQBuffers_;
   static constexpr bool kTakeTurns = kTakeTurns_;
@@ -201,21 +205,37 @@ struct Walk {
   }
 
  private:
-  static __device__ __forceinline__ bool turns(const F16Params& p) { return C::kCausal && p.turn_around; }
+  static __device__ __forceinline__ bool turns(const F16Params& p) { return C::kEnds && !C::kBegins && p.turn_around; }
   static __device__ __forceinline__ int width() { return static_cast<int>(gridDim.x) / C::kCluster; }
+};
+
+// The first and the last key that a query sees; it sees none where the last comes before the first.
+template <class C>
+__device__ __forceinline__ int first_key(const F16Params& p, int row) {
+  return C::kBegins ? max(row + p.low, 0) : 0;
+}
+template <class C>
+__device__ __forceinline__ int last_key(const F16Params& p, int row) {
+  return C::kEnds ? min(row + p.high, p.k_tokens - 1) : p.k_tokens - 1;
+}
+
+// Tiles of an item whose keys are all seen by all of some rows.
+template <class C>
+struct OpenTiles {
+  int begin, end;
+  __device__ __forceinline__ bool has(int tile) const { return tile < end && (!C::kBegins || tile >= begin); }
 };
 
 // A query block of a head; with clusters, that of one of its blocks.
 template <class C>
 struct Item {
   int plane, row0;
-  int first_limit;  // last key that row0 sees
-  int tiles;        // at least one, even where all is masked
-  int open_tiles;   // need no mask
+  int first_tile;  // that a row of the cluster sees; the item's tiles are counted from it
+  int tiles;       // at least one, even where all is masked
 
   __device__ __forceinline__ Item(const F16Params& p, int index) {
     int q_block;
-    if constexpr (C::kCausal) {  // the longest first
+    if constexpr (C::kEnds && !C::kBegins) {  // the longest first
       const int run = p.run_items.divide(index), at = index - run * static_cast<int>(p.run_items.divisor);
       const int first_plane = run * static_cast<int>(p.run_planes.divisor);
       const bool whole = first_plane + static_cast<int>(p.run_planes.divisor) <= p.planes;
@@ -227,21 +247,21 @@ struct Item {
       q_block = index - plane * static_cast<int>(p.q_blocks.divisor);
     }
     row0 = q_block * C::kCluster * C::kBlockM;
-    const int end_limit = C::kCausal ? row0 + C::kCluster * C::kBlockM - 1 + p.k_tokens - p.q_tokens : p.k_tokens - 1;
-    const int last_key = min(end_limit, p.k_tokens - 1);  // that a block of the cluster sees
+    const int last = last_key<C>(p, row0 + C::kCluster * C::kBlockM - 1);
+    const int end = last < 0 ? 1 : last / C::kBlockN + 1;
+    first_tile = C::kBegins ? min(first_key<C>(p, row0) / C::kBlockN, end - 1) : 0;
+    tiles = end - first_tile;
     if constexpr (C::kCluster > 1) row0 += ptx::block_in_cluster() * C::kBlockM;
-    first_limit = C::kCausal ? row0 + p.k_tokens - p.q_tokens : p.k_tokens - 1;
-    tiles = last_key < 0 ? 1 : last_key / C::kBlockN + 1;
-    open_tiles = open_tiles_from(p, 0);
   }
 
-  __device__ __forceinline__ int last_limit(const F16Params& p) const {
-    return C::kCausal ? min(first_limit + C::kBlockM - 1, p.k_tokens - 1) : p.k_tokens - 1;
-  }
-  // For the rows from row0 + row on.
-  __device__ __forceinline__ int open_tiles_from(const F16Params& p, int row) const {
-    const int limit = C::kCausal ? first_limit + row : first_limit;
-    return min(max(limit + 1, 0), p.k_tokens) / C::kBlockN;
+  __device__ __forceinline__ int tile_key(int tile) const { return (first_tile + tile) * C::kBlockN; }
+  // The keys that all rows of the block see, if the first is not after the last.
+  __device__ __forceinline__ int first_open(const F16Params& p) const { return first_key<C>(p, row0 + C::kBlockM - 1); }
+  __device__ __forceinline__ int last_open(const F16Params& p) const { return last_key<C>(p, row0); }
+  // For so many rows from row0 + row on.
+  __device__ __forceinline__ OpenTiles<C> open_tiles(const F16Params& p, int row, int rows) const {
+    const int first = first_key<C>(p, row0 + row + rows - 1), end = max(last_key<C>(p, row0 + row) + 1, 0);
+    return {(first + C::kBlockN - 1) / C::kBlockN - first_tile, end / C::kBlockN - first_tile};
   }
   __device__ __forceinline__ int batch(const F16Params& p) const { return p.q_heads.divide(plane); }
   __device__ __forceinline__ int head(const F16Params& p) const { return p.q_heads.remainder(plane); }
@@ -273,16 +293,16 @@ __device__ __forceinline__ void load_shared(uint32_t (&word)[4], uint32_t from) 
                : "memory");
 }
 
-// Clears what is not finite from the rows of a tile of V from `first` on. Called by kThreads threads of whole warps,
+// Clears what is not finite from the rows `first` to `end` of a tile of V. Called by kThreads threads of whole warps,
 // each of which looks at its part of the tile before it writes any.
 template <class C, int kThreads>
-__device__ __forceinline__ bool clear_not_finite(uint32_t v_tile, int first, int thread) {
+__device__ __forceinline__ bool clear_not_finite(uint32_t v_tile, int first, int end, int thread) {
   constexpr uint32_t kExponent = C::kPV == ptx::Half::kF16 ? 0x7c007c00u : 0x7f807f80u;
   constexpr uint32_t kUnit = C::kPV == ptx::Half::kF16 ? 0x04000400u : 0x00800080u;  // carries into the sign
   constexpr uint32_t kSigns = 0x80008000u;
   uint32_t found = 0;
 #pragma unroll 4
-  for (int chunk = first * 8 + thread; chunk < C::kBlockN * 8; chunk += kThreads) {
+  for (int chunk = first * 8 + thread; chunk < end * 8; chunk += kThreads) {
 #pragma unroll
     for (int panel = 0; panel < C::kVPanels; panel++) {
       uint32_t word[4];
@@ -293,7 +313,7 @@ __device__ __forceinline__ bool clear_not_finite(uint32_t v_tile, int first, int
   }
   if ((found & kSigns) == 0) return false;
 #pragma unroll 1
-  for (int chunk = first * 8 + thread; chunk < C::kBlockN * 8; chunk += kThreads) {
+  for (int chunk = first * 8 + thread; chunk < end * 8; chunk += kThreads) {
 #pragma unroll 1
     for (int panel = 0; panel < C::kVPanels; panel++) {
       const uint32_t address = v_tile + panel * C::kBlockN * 128 + chunk * 16;
@@ -326,7 +346,7 @@ __device__ __forceinline__ float raw_score(const F16Params& p, int batch, int he
 }
 
 // Goes over this block's items again, after their outputs are written: V that was cleared is added to the rows that
-// see it, and rows that see a key that is not finite become NaN, unless its score is -inf.
+// see it, and then rows that see a key that is not finite become NaN, unless its score is -inf.
 template <class C>
 __device__ __noinline__ void repair(const F16Params& p, int thread) {
   for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
@@ -334,31 +354,38 @@ __device__ __noinline__ void repair(const F16Params& p, int thread) {
     const int batch = item.batch(p), head = item.head(p), kv_head = item.kv_head(p);
     const int rows = min(C::kBlockM, p.q_tokens - item.row0);
     const int64_t o_plane = batch * p.o_stride[0] + head * p.o_stride[1];
-    if constexpr (C::kCausal) {
+    if constexpr (C::kEnds) {
       const DType v_dtype = C::kPV == ptx::Half::kF16 ? DType::kF16 : DType::kBF16;
       const char* const v_plane = p.raw_v.data + (batch * p.raw_v.stride[0] + kv_head * p.raw_v.stride[1]) * 2;
+      const int first_open = item.first_open(p), last_open = item.last_open(p);
       for (int channel = thread; channel < p.v_dim; channel += C::kConsumerThreads) {
-        for (int key = max(item.first_limit + 1, 0); key <= item.last_limit(p); key++) {
+        for (int key = first_key<C>(p, item.row0); key <= last_key<C>(p, item.row0 + rows - 1); key++) {
+          if (key >= first_open && key <= last_open) {
+            key = last_open;
+            continue;
+          }
           const float value =
               element_value(v_plane + (key * p.raw_v.stride[2] + channel * p.raw_v.stride[3]) * 2, v_dtype);
           if (is_finite(value)) continue;
-          for (int row = key - item.first_limit; row < rows; row++) {
-            const int64_t at = o_plane + (item.row0 + row) * p.o_stride[2] + channel * p.o_stride[3];
+          for (int row = item.row0; row < item.row0 + rows; row++) {
+            if (key < first_key<C>(p, row) || key > last_key<C>(p, row)) continue;
+            const int64_t at = o_plane + row * p.o_stride[2] + channel * p.o_stride[3];
             const int bytes = p.out_dtype == DType::kF32 ? 4 : 2;
             store_element(p.o, p.out_dtype, at, element_value(p.o + at * bytes, p.out_dtype) + value);
           }
         }
       }
     }
+    if constexpr (C::kEnds && C::kQuantized) ptx::turn_wait<C::kConsumerThreads>(C::kConsumers + 1);
     if constexpr (C::kQuantized) {
       const uint32_t* const words = p.k_not_finite + static_cast<int64_t>(item.kv_plane(p)) * p.k_words;
       for (int i = thread; i < rows; i += C::kConsumerThreads) {
-        const int row = item.row0 + i, limit = C::kCausal ? min(item.first_limit + i, p.k_tokens - 1) : p.k_tokens - 1;
+        const int row = item.row0 + i, first = first_key<C>(p, row), last = last_key<C>(p, row);
         bool bad = false;
-        for (int key0 = 0; key0 <= limit && !bad; key0 += 32) {
+        for (int key0 = first / 32 * 32; key0 <= last && !bad; key0 += 32) {
           for (uint32_t bits = words[key0 / 32]; bits != 0 && !bad; bits &= bits - 1) {
             const int key = key0 + __ffs(static_cast<int>(bits)) - 1;
-            bad = key <= limit && raw_score(p, batch, head, row, key) != -INFINITY;
+            bad = key >= first && key <= last && raw_score(p, batch, head, row, key) != -INFINITY;
           }
         }
         if (!bad) continue;
@@ -487,7 +514,7 @@ __device__ __forceinline__ void load_queries_and_keys(const F16Params& p, const 
   for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
     const Item<C> item(p, walk.index);
     const int batch = item.batch(p), kv_head = item.kv_head(p);
-    load_keys(item.tiles - 1, kv_head, batch);
+    load_keys(item.first_tile + item.tiles - 1, kv_head, batch);
     const int head = item.head(p);
 #pragma unroll 1
     for (int group = 0; group < C::kConsumers; group++) {
@@ -502,7 +529,7 @@ __device__ __forceinline__ void load_queries_and_keys(const F16Params& p, const 
     }
     buffer.advance();
 #pragma unroll 1
-    for (int tile = item.tiles - 2; tile >= 0; tile--) load_keys(tile, kv_head, batch);
+    for (int tile = item.tiles - 2; tile >= 0; tile--) load_keys(item.first_tile + tile, kv_head, batch);
   }
 }
 
@@ -518,28 +545,38 @@ __device__ __forceinline__ void load_values(const F16Params& p, const Shared<C>&
       ptx::barrier_expect(shared.v_full(stage.at), C::kVBytes);
 #pragma unroll
       for (int panel = 0; panel < C::kVPanels; panel++) {
-        load_shared_box<C>(shared.v(stage.at) + panel * C::kBlockN * 128, 128, p.v, panel * 64, tile, kv_head, batch,
-                           shared.v_full(stage.at));
+        load_shared_box<C>(shared.v(stage.at) + panel * C::kBlockN * 128, 128, p.v, panel * 64, item.first_tile + tile,
+                           kv_head, batch, shared.v_full(stage.at));
       }
       stage.advance();
     }
   }
 }
 
-// Two warps clear the values that a causal mask hides from some rows of the block.
+// Two warps clear the values that are hidden from some rows of the block.
 constexpr int kCleaningWarps = 2;
 template <class C>
 __device__ __forceinline__ void clean_values(const F16Params& p, const Shared<C>& shared) {
+  constexpr int kThreads = 32 * kCleaningWarps;
+  const int thread = threadIdx.x % kThreads;
   Ring<C::kStages> stage;
   for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
     const Item<C> item(p, walk.index);
+    const OpenTiles<C> open = item.open_tiles(p, 0, C::kBlockM);
     for (int tile = item.tiles - 1; tile >= 0; tile--) {
       ptx::barrier_wait(shared.v_full(stage.at), stage.parity);
-      const bool masked = tile >= item.open_tiles;
+      const bool masked = !open.has(tile);
       if (masked) {
-        const int first = max(item.first_limit + 1 - tile * C::kBlockN, 0),
-                  thread = threadIdx.x % (32 * kCleaningWarps);
-        if (clear_not_finite<C, 32 * kCleaningWarps>(shared.v(stage.at), first, thread)) shared.set_flag(1);
+        const uint32_t v_tile = shared.v(stage.at);
+        // Rows of the tile that are seen by all: none where they end before they begin.
+        int end = max(item.last_open(p) + 1 - item.tile_key(tile), 0);
+        bool found = false;
+        if constexpr (C::kBegins) {
+          const int begin = min(item.first_open(p) - item.tile_key(tile), C::kBlockN);
+          found = clear_not_finite<C, kThreads>(v_tile, 0, begin, thread);
+          end = max(end, begin);
+        }
+        if (clear_not_finite<C, kThreads>(v_tile, end, C::kBlockN, thread) || found) shared.set_flag(1);
         ptx::async_proxy_fence();
         __syncwarp();
       }
@@ -574,7 +611,7 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
       if constexpr (C::kQuantized) {
         if (p.lse_shift != nullptr) lse += p.lse_shift[static_cast<int64_t>(item.plane) * p.q_tokens + row];
       }
-      const bool visible = !C::kCausal || item.first_limit + in_block >= 0;
+      const bool visible = !C::kEnds || first_key<C>(p, row) <= last_key<C>(p, row);
       p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = visible ? lse : -INFINITY;
     }
   }
@@ -603,7 +640,7 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int in_block = group * 64 + thread / 32 % 4 * 16 + lane / 4 + half * 8, row = item.row0 + in_block;
-    const bool exists = row < p.q_tokens, visible = !C::kCausal || item.first_limit + in_block >= 0;
+    const bool exists = row < p.q_tokens, visible = !C::kEnds || first_key<C>(p, row) <= last_key<C>(p, row);
     const auto value_of = [&](int n, int e) {
       float value = o[4 * n + 2 * half + e];
       // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
@@ -769,8 +806,9 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   uint32_t count = 0, items = 0;  // tiles and items whose scores are done
   uint32_t clean_parity = 0;      // one bit a stage
   Walk<C> walk(p);
-  int tile;
-  int open_tiles, hidden_tiles;  // tiles from these on need a mask, have values that were hidden from some rows
+  int tile;  // counted from first_tile, like those below
+  [[maybe_unused]] int first_tile = 0, row0 = 0;
+  OpenTiles<C> open_tiles, clean_tiles;  // that need no mask; whose values are hidden from no row of the block
   [[maybe_unused]] int kv_plane;
   [[maybe_unused]] bool bad_keys;  // in kv_plane
 
@@ -794,8 +832,10 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   const auto start_item = [&] {
     const Item<C> item(p, walk.index);
     tile = item.tiles - 1;
-    open_tiles = item.open_tiles_from(p, group * 64);
-    hidden_tiles = item.open_tiles;
+    if constexpr (C::kBegins) first_tile = item.first_tile;
+    if constexpr (C::kEnds) row0 = item.row0;
+    open_tiles = item.open_tiles(p, group * 64, 64);
+    clean_tiles = item.open_tiles(p, 0, C::kBlockM);
     if constexpr (C::kQuantized) kv_plane = item.kv_plane(p);
     ptx::barrier_wait(shared.q_full(items % C::kQBuffers, group), items / C::kQBuffers & 1);
   };
@@ -813,12 +853,12 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   const auto look_ahead = [&] {
     if constexpr (C::kQuantized) {
       if (tile > 0) {
-        if (C::kLooksAhead) next_factors.fetch_keys(p, kv_plane, tile - 1);
+        if (C::kLooksAhead) next_factors.fetch_keys(p, kv_plane, first_tile + tile - 1);
       } else {
         const Item<C> next(p, min(walk.next(), p.items - 1));
         next_factors.fetch_rows(p, next, lane_row);
         if (next.kv_plane(p) != kv_plane) next_factors.fetch_plane(p, next.kv_plane(p));
-        if (C::kLooksAhead) next_factors.fetch_keys(p, next.kv_plane(p), next.tiles - 1);
+        if (C::kLooksAhead) next_factors.fetch_keys(p, next.kv_plane(p), next.first_tile + next.tiles - 1);
       }
     }
   };
@@ -828,7 +868,7 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
       for (int i = 0; i < C::kScales; i++) {
         if (C::kLooksAhead) factors.k[i] = next_factors.k[i];
       }
-      if (!C::kLooksAhead) factors.fetch_keys(p, kv_plane, tile);
+      if (!C::kLooksAhead) factors.fetch_keys(p, kv_plane, first_tile + tile);
       if (of_next_item) bad_keys = __any_sync(~0u, next_factors.not_finite != 0);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -841,13 +881,19 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
     ptx::pin(s);
     release_shared<C>(shared.k_empty(count % C::kStages));
     if (tile == 0 && lane == 0) ptx::barrier_arrive(shared.q_empty(items % C::kQBuffers, group));
-    if (tile >= open_tiles) {
-      const int last = p.k_tokens - 1 - tile * C::kBlockN - c * 2;
-      const int limit = C::kCausal ? Item<C>(p, walk.index).first_limit + lane_row - tile * C::kBlockN - c * 2 : last;
-      const int limits[2] = {min(limit, last), min(limit + 8, last)};
+    if (!open_tiles.has(tile)) {
+      const int key = (first_tile + tile) * C::kBlockN + c * 2;
+      const int row = row0 + lane_row;
+      int first[2], last[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        first[half] = first_key<C>(p, row + 8 * half) - key;
+        last[half] = last_key<C>(p, row + 8 * half) - key;
+      }
 #pragma unroll
       for (int i = 0; i < kScoreCount; i++) {
-        const bool seen = i / 4 * 8 + i % 2 <= (C::kCausal ? limits[i / 2 % 2] : last);
+        const int column = i / 4 * 8 + i % 2, half = i / 2 % 2;
+        const bool seen = column <= last[half] && (!C::kBegins || column >= first[half]);
         s[i] = seen ? s[i] : kMasked;
       }
     }
@@ -855,7 +901,7 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
       if (bad_keys) {
 #pragma unroll
         for (int word = 0; word < C::kBlockN / 32; word++) {
-          const int at = tile * (C::kBlockN / 32) + word;
+          const int at = (first_tile + tile) * (C::kBlockN / 32) + word;
           const uint32_t bits = at < p.k_words ? p.k_not_finite[static_cast<int64_t>(kv_plane) * p.k_words + at] : 0;
           if (bits != 0) shared.set_flag(1);
 #pragma unroll
@@ -869,7 +915,7 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   // Of tile `number`; some of its values were hidden from some rows, and it is the first of its item.
   const auto start_values = [&](uint32_t number, bool hidden, bool first) {
     const uint32_t stage = number % C::kStages;
-    if (C::kCausal && hidden) {
+    if (C::kEnds && hidden) {
       ptx::barrier_wait(shared.v_clean(stage), clean_parity >> stage & 1);
       clean_parity ^= 1u << stage;
     } else {
@@ -887,7 +933,7 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   start_item();
   if constexpr (C::kQuantized) {
     factors.fetch_rows(p, Item<C>(p, walk.index), lane_row);
-    factors.fetch_keys(p, kv_plane, tile);
+    factors.fetch_keys(p, kv_plane, first_tile + tile);
     factors.fetch_plane(p, kv_plane);
     bad_keys = __any_sync(~0u, factors.not_finite != 0);
     next_factors.not_finite = factors.not_finite;
@@ -899,7 +945,7 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   take_scores();
   exponentiate<C>(p, factors, s, e, rows, rescale);
   pack_probabilities();
-  bool hidden = tile >= hidden_tiles, first = true;
+  bool hidden = !clean_tiles.has(tile), first = true;
 
 #pragma unroll 1
   for (count = 1;; count++) {
@@ -941,7 +987,7 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
       ptx::pin(probabilities);  // before, as that takes half the registers
       write_rows<C>(p, Item<C>(p, walk.previous(p)), group, o, before);
     }
-    hidden = tile >= hidden_tiles;
+    hidden = !clean_tiles.has(tile);
     first = last;
   }
   ptx::pin(probabilities);
@@ -952,7 +998,7 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   write_rows<C>(p, Item<C>(p, walk.index), group, o, rows);
   if (C::kTakeTurns && group == 0) take_turn();
 
-  if constexpr (C::kCausal || C::kQuantized) {
+  if constexpr (C::kEnds || C::kQuantized) {
     ptx::turn_wait<C::kConsumerThreads>(C::kConsumers + 1);
     if (shared.flag() != 0) {
       __threadfence_block();
@@ -973,7 +1019,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_f16_kernel(const __g
       ptx::barrier_init(shared.k_full(i), 1);
       ptx::barrier_init(shared.v_full(i), 1);
       ptx::barrier_init(shared.k_empty(i), C::kCluster * 4 * C::kConsumers);
-      ptx::barrier_init(shared.v_empty(i), C::kCluster * (4 * C::kConsumers + (C::kCausal ? kCleaningWarps : 0)));
+      ptx::barrier_init(shared.v_empty(i), C::kCluster * (4 * C::kConsumers + (C::kEnds ? kCleaningWarps : 0)));
       ptx::barrier_init(shared.v_clean(i), kCleaningWarps);
     }
     for (int i = 0; i < C::kQBuffers; i++) {
@@ -997,7 +1043,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_f16_kernel(const __g
       if (threadIdx.x % 32 == 0) load_queries_and_keys<C>(p, shared);
     } else if (warp == 1) {
       if (threadIdx.x % 32 == 0) load_values<C>(p, shared);
-    } else if constexpr (C::kCausal) {
+    } else if constexpr (C::kEnds) {
       clean_values<C>(p, shared);
     }
   } else {

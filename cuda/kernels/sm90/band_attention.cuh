@@ -30,7 +30,7 @@ template <int kHeadDim, bool kFast, bool kSums, ptx::Half kHalf_>
 struct BandConfig : Sage2Config<kHeadDim, kFast, false, kSums, true> {
   static constexpr ptx::Half kHalf = kHalf_;
   // The first tile of INT8 and FP8 that is not all in the band.
-  static constexpr int kFirstLow = kSinkTiles * kBandKeys / sage2_tiles(kHeadDim, kFast, false, true).block_n;
+  static constexpr int kFirstLow = kSinkTiles * kBandKeys / sage2_tiles(kHeadDim, kFast, true).block_n;
   static constexpr int kPanels16 = kHeadDim / 64, kQueryBytes16 = kBlockM * kHeadDim * 2,
                        kTileBytes16 = kBandKeys * kHeadDim * 2;
   // P of 16 bits is also scaled by 2^-kShift, so that bf16 values of 3e38 have finite sums.

@@ -1,23 +1,17 @@
-// From checked operations to the sm_90a kernels with 16-bit P.V: what they can run, and their parameters.
+// From checked operations to the parameters of the sm_90a kernels with 16-bit P.V.
 #include "flash.h"
 #include "flash_launch.h"
 
 namespace sage::cuda::sm90 {
 
-extern template void launch_flash_for<64>(const F16Params&, const Operands&, bool, cudaStream_t);
-extern template void launch_flash_for<128>(const F16Params&, const Operands&, bool, cudaStream_t);
-extern template void launch_flash_for<256>(const F16Params&, const Operands&, bool, cudaStream_t);
-extern template void launch_sage1_for<64>(const F16Params&, const Operands&, bool, cudaStream_t);
-extern template void launch_sage1_for<128>(const F16Params&, const Operands&, bool, cudaStream_t);
-extern template void launch_sage1_for<256>(const F16Params&, const Operands&, bool, cudaStream_t);
+extern template void launch_flash_for<64>(const F16Params&, const Operands&, F16Mask, cudaStream_t);
+extern template void launch_flash_for<128>(const F16Params&, const Operands&, F16Mask, cudaStream_t);
+extern template void launch_flash_for<256>(const F16Params&, const Operands&, F16Mask, cudaStream_t);
+extern template void launch_sage1_for<64>(const F16Params&, const Operands&, F16Mask, cudaStream_t);
+extern template void launch_sage1_for<128>(const F16Params&, const Operands&, F16Mask, cudaStream_t);
+extern template void launch_sage1_for<256>(const F16Params&, const Operands&, F16Mask, cudaStream_t);
 
 namespace {
-
-bool suits_kernel(const View& q, const View& k, const View& v, const Plan& plan) {
-  constexpr int kLeastBlockM = 128;
-  const int64_t items = q.batch() * q.heads() * ((q.tokens() + kLeastBlockM - 1) / kLeastBlockM);
-  return plan.padded_head_dim <= 256 && items < int64_t{1} << 30 && has_boxes(q) && has_boxes(k) && has_boxes(v);
-}
 
 float largest_finite(DType dtype) {
   return dtype == DType::kF16 ? 65504.0f : dtype == DType::kBF16 ? 0x1.fep127f : 0x1.fffffep127f;
@@ -29,7 +23,8 @@ Raw raw(const View& view) {
 
 const float* f32(const View& view) { return static_cast<const float*>(view.data); }
 
-F16Params make_params(const View& q, const View& k, const View& v, const View& o, const View& lse, float scale) {
+F16Params make_params(const View& q, const View& k, const View& v, const View& o, const View& lse,
+                      const Masking& masking, float scale) {
   F16Params params{};
   params.o = static_cast<char*>(o.data);
   params.lse = static_cast<float*>(lse.data);
@@ -45,6 +40,12 @@ F16Params make_params(const View& q, const View& k, const View& v, const View& o
   params.q_tokens = static_cast<int>(q.tokens());
   params.k_tokens = static_cast<int>(k.tokens());
   params.v_dim = static_cast<int>(o.channels());
+  // Further away is no other bound.
+  const auto bound = [&](bool limited, int64_t at, int64_t none) {
+    return static_cast<int>(limited ? std::clamp<int64_t>(at, -q.tokens(), k.tokens()) : none);
+  };
+  params.low = bound(masking.before != kUnlimited, masking.offset - masking.before, -q.tokens());
+  params.high = bound(masking.after != kUnlimited, masking.offset + masking.after, k.tokens());
   params.q_heads = Divisor(static_cast<int>(q.heads()));
   params.group = Divisor(static_cast<int>(q.heads() / k.heads()));
   params.kv_heads = static_cast<int>(k.heads());
@@ -57,29 +58,18 @@ F16Params make_params(const View& q, const View& k, const View& v, const View& o
 
 }  // namespace
 
-bool can_run_flash(const AttentionOp& op) {
-  return op.q.dtype != DType::kF32 && suits_kernel(op.q, op.k, op.v, op.plan);
-}
-
-bool can_run_sage1(const SageOp& op) {
-  const Plan& plan = op.plan;
-  const bool rows = plan.k_grouping == Grouping::kRows || plan.k_grouping == Grouping::kThreadKey;
-  return !op.delta && rows && plan.k_group_rows == kGroupKeys && !plan.f16_accumulator &&
-         suits_kernel(op.q, op.k, op.v, plan);
-}
-
 void launch_flash(const AttentionOp& op, CUstream_st* stream) {
-  const F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.scale);
+  const F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, op.scale);
   const Operands operands{op.q, op.k, op.v};
   switch (op.plan.padded_head_dim) {
-    case 64: return launch_flash_for<64>(params, operands, op.causal, stream);
-    case 128: return launch_flash_for<128>(params, operands, op.causal, stream);
-    default: return launch_flash_for<256>(params, operands, op.causal, stream);
+    case 64: return launch_flash_for<64>(params, operands, f16_mask(op.masking), stream);
+    case 128: return launch_flash_for<128>(params, operands, f16_mask(op.masking), stream);
+    default: return launch_flash_for<256>(params, operands, f16_mask(op.masking), stream);
   }
 }
 
 void launch_sage1(const SageOp& op, CUstream_st* stream) {
-  F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.scale);
+  F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, op.scale);
   params.largest = largest_finite(op.v_dtype);
   params.q_scales = f32(op.q_scales);
   params.k_scales = f32(op.k_scales);
@@ -103,9 +93,9 @@ void launch_sage1(const SageOp& op, CUstream_st* stream) {
   params.lse_shift = f32(op.lse_shift);
   const Operands operands{op.q, op.k, op.v};
   switch (op.plan.padded_head_dim) {
-    case 64: return launch_sage1_for<64>(params, operands, op.causal, stream);
-    case 128: return launch_sage1_for<128>(params, operands, op.causal, stream);
-    default: return launch_sage1_for<256>(params, operands, op.causal, stream);
+    case 64: return launch_sage1_for<64>(params, operands, f16_mask(op.masking), stream);
+    case 128: return launch_sage1_for<128>(params, operands, f16_mask(op.masking), stream);
+    default: return launch_sage1_for<256>(params, operands, f16_mask(op.masking), stream);
   }
 }
 

@@ -1,4 +1,4 @@
-// Attention with 16-bit P.V on sm_90a: `flash` and `sage1`. Where can_run says no, the portable kernels run.
+// Attention with 16-bit P.V on sm_90a: `flash` and `sage1`. plan_cuda.cpp decides when these run.
 #pragma once
 
 #include "../../ops.h"
@@ -11,6 +11,18 @@ struct SageOp;
 
 namespace sage::cuda::sm90 {
 
+// Queries and keys are fewer together, so that positions of both fit in 32 bits.
+constexpr int64_t kMostF16Tokens = (int64_t{1} << 31) - 1024;
+
+// What of a row is hidden: nothing, keys after its last, and keys before its first as well.
+enum class F16Mask { kNone, kCausal, kWindow };
+
+inline F16Mask f16_mask(const Masking& masking) {
+  return masking.before != kUnlimited  ? F16Mask::kWindow
+         : masking.after != kUnlimited ? F16Mask::kCausal
+                                       : F16Mask::kNone;
+}
+
 // Rows and keys of a tile, as the sources of each head dimension choose them.
 struct F16Tiles {
   int block_q, block_k;
@@ -19,16 +31,14 @@ struct F16Tiles {
 // Below so many queries, blocks of few rows waste less on the diagonal.
 constexpr int kFewRows = 2048;
 
-constexpr F16Tiles f16_tiles(int padded_head_dim, bool quantized, bool causal, int64_t q_tokens) {
+constexpr F16Tiles f16_tiles(int padded_head_dim, bool quantized, F16Mask mask, int64_t q_tokens) {
+  if (mask == F16Mask::kWindow) return padded_head_dim == 256 ? F16Tiles{128, 64} : F16Tiles{128, 128};
+  const bool causal = mask == F16Mask::kCausal;
   if (padded_head_dim == 64)
     return !quantized && causal && q_tokens < kFewRows ? F16Tiles{128, 128} : F16Tiles{192, 128};
   if (padded_head_dim == 128) return !quantized && !causal && q_tokens >= 4096 ? F16Tiles{192, 80} : F16Tiles{128, 128};
   return quantized || (causal && q_tokens < 4096) ? F16Tiles{128, 64} : F16Tiles{128, 80};
 }
-
-// Whether the tensors' strides and the plan suit these kernels; host-only and pure.
-bool can_run_flash(const AttentionOp& op);
-bool can_run_sage1(const SageOp& op);
 
 void launch_flash(const AttentionOp& op, CUstream_st* stream);
 void launch_sage1(const SageOp& op, CUstream_st* stream);

@@ -29,6 +29,7 @@ struct PackArguments {
   float factor;                // of q_scales
   float range;                 // largest code of Q and K
   bool centre_all;             // V's first tile too
+  ValueCodes codes;            // of V
 };
 
 template <DType kInput, int kPaddedHeadDim, int kBlockN>
@@ -212,7 +213,7 @@ __device__ __forceinline__ void summarize_plane(const PackArguments& a, unsigned
     any_missing = all.missing != 0.0f;
     const bool known = c < tensor.channels;
     if constexpr (kValues) {
-      Channel values = channel_of_values(all, shared.pivot[c], tensor.tokens, a.centre_all);
+      Channel values = channel_of_values(all, shared.pivot[c], tensor.tokens, a.centre_all, a.codes);
       if (!known) values = {0.0f, 1.0f};
       shared.mean[c] = values.mean;
       shared.inverse[c] = inverse_of_power(values.scale);
@@ -471,7 +472,7 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
       if (peak == 0.0f) {
         scale = a.packed.v_scales[at];
       } else {
-        scale = scale_of_peak(peak);
+        scale = scale_of(peak);
         if (tile == 0 && set == 0) a.packed.v_scales[at] = scale;
       }
       inverse[j] = inverse_of_power(scale);
@@ -507,10 +508,17 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
   const int64_t chunk_row = int64_t{item} * (C::kTokens / C::kVWidth) + set / kChunks;
   uint8_t* const to = a.packed.v + (chunk_row * C::kHeadDim + channel) * C::kVWidth;
   const auto chunk_of = [&](int j) { return to + j * C::kVWidth + ((set % kChunks) ^ swizzle(C::kVWidth, j)) * 16; };
+  const auto want_scale = [&](int j, float least) {
+    auto* const peaks = reinterpret_cast<uint32_t*>(a.packed.v_peaks);
+    atomicMax(&peaks[int64_t{plane} * C::kHeadDim + channel + j], bits_of(fminf(least, 0x1p127f)));
+  };
   float largest = 0.0f;
+  const bool sums = kWhich == Values::kSampled && a.codes.sum != 0.0f;
+  bool out_of_range = false;
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     uint32_t word[4];
+    float sum = 0.0f;
 #pragma unroll
     for (int c = 0; c < 4; c++) {
       float x[4];
@@ -518,15 +526,24 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
       for (int e = 0; e < 4; e++) {
         x[e] = (element(raw[2 * c + e % 2 + e / 2 * 8], j) - mean[j]) * inverse[j];
         largest = magnitude(largest, x[e]);
+        if (sums && fabsf(x[e]) < kLargest) sum += fabsf(x[e]);
       }
       word[c] = (e4m3_pair(x[0], x[1]) | e4m3_pair(x[2], x[3]) << 16) & existing[c];
     }
     *reinterpret_cast<uint4*>(chunk_of(j)) = make_uint4(word[0], word[1], word[2], word[3]);
+    if constexpr (kWhich == Values::kSampled) {
+      if (!sums) continue;
+#pragma unroll
+      for (int offset = kOctetsOfWarp; offset < 32; offset *= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+      if (sum > a.codes.sum) {
+        out_of_range = true;
+        want_scale(j, sum / a.codes.sum / inverse[j]);
+      }
+    }
   }
 
   uint32_t bad = 0;
-  bool out_of_range = false;
-  if (!(largest <= kE4m3Range)) {
+  if (!(largest <= a.codes.range)) {
 #pragma unroll 1
     for (int r = 0; r < left; r++) {
       float x[8];
@@ -541,10 +558,9 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
         } else if (!is_finite(difference)) {
           chunk_of(j)[position] = f32_to_e4m3(value * inverse[j]);
         }
-        if (kWhich == Values::kSampled && is_finite(x[j]) && fabsf(value) * inverse[j] > kE4m3Range) {
+        if (kWhich == Values::kSampled && is_finite(x[j]) && fabsf(value) * inverse[j] > a.codes.range) {
           out_of_range = true;
-          auto* const peaks = reinterpret_cast<uint32_t*>(a.packed.v_peaks);
-          atomicMax(&peaks[int64_t{plane} * C::kHeadDim + channel + j], bits_of(fabsf(value)));
+          want_scale(j, fabsf(value) / a.codes.power);
         }
       }
     }
@@ -625,6 +641,7 @@ void launch_pack_of(const Sage2Op& op, CUstream_st* stream) {
   a.factor = op.scale * kLog2e;
   a.range = op.plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
   a.centre_all = op.plan.smooth_v;
+  a.codes = ValueCodes::of(op.plan);
   if (a.kv_tiles <= kMostTiles) {
     const unsigned q_clusters = (a.q_items + a.kv_tiles - 1) / a.kv_tiles;
     launch_clusters(pack_whole_kernel<C>, a.kv_tiles, 2 * a.kv_items + q_clusters * a.kv_tiles, C::kThreads, 0, stream,

@@ -62,15 +62,37 @@ __device__ __forceinline__ void add_summary(Summary& summary, const Summary& oth
   summary.missing += other.missing;
 }
 
+// What V's codes may be.
+struct ValueCodes {
+  float range;      // the largest
+  int log2_rms;     // of their root mean square, as near as scales that are powers of two allow
+  float least_rms;  // over the largest magnitude: less would put the latter out of range
+  float power;      // the largest power of two in range
+  float sum;        // the largest, of magnitudes of 64 of them; 0: any
+
+  __host__ static ValueCodes of(const Plan& plan) {
+    if (plan.kernel == Kernel::kSage2PP) {
+      const bool larger = plan.block_k == 256;
+      return {half_value_range(plan.block_k), larger ? -1 : 0, 0.1575f, larger ? 4.0f : 8.0f,
+              half_value_sum(plan.block_k)};
+    }
+    return {kE4m3Range, 1, 0x1p-7f, 256.0f, 0.0f};
+  }
+};
+static_assert(kValueRms == 2.0f && half_value_range(128) == 9.0f && half_value_range(256) == 4.5f);
+
 // The exponent of the least power of two that is no smaller.
 __device__ __forceinline__ uint32_t ceiling_exponent(float x) { return (bits_of(x) + 0x7fffffu) >> 23; }
 
-// Where `peak` is the largest magnitude that there is.
-__device__ __forceinline__ float scale_of_peak(float peak) {
-  return float_of((ceiling_exponent(fmaxf(peak, 0x1p-100f)) - 8) << 23);
+// The least that will do where codes must be no larger than they are with `least`.
+__device__ __forceinline__ float scale_of(float least) {
+  return float_of(min(ceiling_exponent(fmaxf(least, 0x1p-108f)), 254u) << 23);
 }
 
-__device__ __forceinline__ float inverse_of_power(float scale) { return float_of(0x7f000000u - bits_of(scale)); }
+__device__ __forceinline__ float inverse_of_power(float scale) {
+  constexpr uint32_t kLeast = 0x00400000u;  // 2^-127, which has no exponent of its own
+  return float_of(max(0x7f000000u - bits_of(scale), kLeast));
+}
 
 // As mean_of of numerics.h: 0 where subtracting it could lose or overflow a value.
 __device__ __forceinline__ float mean_of_channel(const Summary& summary, float pivot, int64_t tokens) {
@@ -83,7 +105,8 @@ struct Channel {
 };
 
 // The scale is never 0, and no value summarized exceeds its range.
-__device__ __forceinline__ Channel channel_of_values(const Summary& summary, float pivot, int64_t tokens, bool centre) {
+__device__ __forceinline__ Channel channel_of_values(const Summary& summary, float pivot, int64_t tokens, bool centre,
+                                                     const ValueCodes& codes) {
   const float count = static_cast<float>(tokens) - summary.missing, inverse_count = 1.0f / count;
   const float offset = summary.sum * inverse_count, variance = summary.squares * inverse_count - offset * offset;
   // A mean that chance explains would do more harm than good in a long context.
@@ -95,11 +118,17 @@ __device__ __forceinline__ Channel channel_of_values(const Summary& summary, flo
   // Squares may overflow, underflow or cancel; magnitudes do not.
   const float most = fminf(summary.largest + fabsf(mean), 0x1.fffffep127f);
   if (!(rms >= 0x1p-40f && rms < INFINITY)) rms = most * 0.25f;
-  rms = fmaxf(fmaxf(rms, most * 0x1p-7f), 0x1p-110f);
+  rms = fmaxf(fmaxf(rms, most * codes.least_rms), 0x1p-110f);
+  if (codes.sum != 0.0f) {
+    // Magnitudes of 64 values add up to 64 times the largest at most, and to 8 times the root of all squares.
+    const float length = sqrtf(summary.squares) + fabsf(pivot) * sqrtf(count) + fabsf(mean) * sqrtf(count);
+    const bool known = summary.squares >= 0x1p-80f && length < INFINITY;  // squares overflow and underflow
+    const float sum = known ? fminf(64.0f * most, 8.0f * length) : 64.0f * most;
+    rms = fmaxf(rms, fminf(sum * (1.43f / codes.sum), 0x1p127f) * ldexpf(1.0f, codes.log2_rms));
+  }
   constexpr uint32_t kHalfPower = 0x3504f3;  // mantissa of sqrt(2)
-  const uint32_t exponent = (bits_of(rms) + (0x800000 - kHalfPower)) >> 23;
-  return {mean, float_of((exponent - 1) << 23)};
+  const uint32_t exponent = ((bits_of(rms) + (0x800000 - kHalfPower)) >> 23) - codes.log2_rms;
+  return {mean, float_of(min(exponent, 254u) << 23)};
 }
-static_assert(kValueRms == 2.0f, "what channel_of_values divides by");
 
 }  // namespace sage::cuda::sm90

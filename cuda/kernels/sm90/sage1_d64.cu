@@ -4,10 +4,14 @@
 namespace sage::cuda::sm90 {
 
 template <>
-void launch_sage1_for<64>(const F16Params& params, const Operands& operands, bool causal, cudaStream_t stream) {
+void launch_sage1_for<64>(const F16Params& params, const Operands& operands, F16Mask mask, cudaStream_t stream) {
   constexpr auto kS8 = ptx::Operand::kS8;
-  if (causal) return launch_f16<F16Config<64, kS8, true, 128, 3, 4, 1, false>>(params, operands, stream);
-  launch_f16<F16Config<64, kS8, false, 128, 3, 4, 1, false>>(params, operands, stream);
+  if (mask == F16Mask::kWindow) {
+    return launch_f16<F16Config<64, kS8, F16Mask::kWindow, 128, 2, 4, 2, true>>(params, operands, stream);
+  }
+  if (mask == F16Mask::kCausal)
+    return launch_f16<F16Config<64, kS8, F16Mask::kCausal, 128, 3, 4, 1, false>>(params, operands, stream);
+  launch_f16<F16Config<64, kS8, F16Mask::kNone, 128, 3, 4, 1, false>>(params, operands, stream);
 }
 
 }  // namespace sage::cuda::sm90

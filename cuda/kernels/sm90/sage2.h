@@ -17,10 +17,12 @@ struct Sage2Tiles {
   int v_width;  // tokens of a chunk of V: its rows have as many bytes
 };
 
-constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential, bool smooth_q, bool band) {
-  if (padded_head_dim == 64) return fast_exponential || smooth_q || band ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
+constexpr Sage2Tiles sage2_tiles(int padded_head_dim, bool fast_exponential, bool band) {
+  if (padded_head_dim == 64) return fast_exponential || band ? Sage2Tiles{192, 64} : Sage2Tiles{256, 128};
   return {128, 128};
 }
+
+constexpr int kShiftsOfPeak = 16;  // that share a largest magnitude
 
 // Channels of Q and K lie in panels of so many bytes.
 constexpr int panel_width(int padded_head_dim) { return padded_head_dim < 128 ? padded_head_dim : 128; }
@@ -43,15 +45,17 @@ struct Sage2Packed {
       v;  // [Hkv planes][tiles * block_n / v_width][padded_head_dim][v_width], e4m3, less v_mean but in the first tile
   float* v_scales;   // [Hkv planes][padded_head_dim], powers of two
   uint32_t* v_bits;  // as k_bits
-  float* v_peaks;    // [Hkv planes][padded_head_dim], for the packers alone: of channels whose scale came out too small
-  uint32_t* flags;   // [Hkv planes]: of the constants below
+  float*
+      v_peaks;  // [Hkv planes][padded_head_dim], for the packers alone: scales of channels whose own came out too small
+  uint32_t* flags;      // [Hkv planes]: of the constants below
   uint32_t* next_item;  // one word, 0: packing clears it, attention counts
   float* q_mean;        // [Hq planes][query blocks][D], of each block, or null
   float* k_mean;        // [Hkv planes][D] or null
   float* v_mean;        // [Hkv planes][padded_head_dim]
-  // Where queries are smoothed: what that takes from the scores of a block with a key, base 2. Keys are permuted within
-  // every 16: position 4c + e (c, e = 0..3) holds key 2c + (e & 1) + 8 * (e >> 1).
-  float* shifts;  // [Hq planes][query blocks][tiles * block_n]
+  // Where queries are smoothed: what that takes from the scores of a block with a key, base 2, finite. Keys are
+  // permuted within every 16: position 4c + e (c, e = 0..3) holds key 2c + (e & 1) + 8 * (e >> 1).
+  float* shifts;       // [Hq planes][query blocks][tiles * block_n]
+  float* shift_peaks;  // [Hq planes][query blocks][tiles * block_n / 16]: largest magnitudes
 };
 // V's tokens are permuted within every 32, so that the fragment of scores, packed to bytes, is the fragment of P:
 // position 4c + e (c, e = 0..3) holds token 2c + (e & 1) + 8 * (e >> 1), position 16 + 4c + e the one 16 further.
@@ -63,6 +67,12 @@ struct Sage2Packed {
 // V's scales make the root mean square of a channel's codes (in a long context: of a sample of its tokens) this, within
 // a factor of sqrt(2), as they are powers of two: far from both ends of e4m3, which is a float.
 constexpr float kValueRms = 2.0f;
+// Where products with V are summed in FP16, weights of P are at most kHalfWeightRange, and magnitudes of 64 codes of V
+// add up to half_value_sum() at most, so that a tile comes to 44800 (57344 with 256 keys), and leaves room for others.
+// Their root mean square is 128 / block_n, the largest of them 9 times that.
+constexpr float kHalfWeightRange = 112.0f;
+constexpr float half_value_range(int block_n) { return 1152.0f / static_cast<float>(block_n); }
+constexpr float half_value_sum(int block_n) { return block_n == 256 ? 128.0f : 25600.0f / static_cast<float>(block_n); }
 constexpr uint32_t kKeyFlag = 1;          // a key is not finite
 constexpr uint32_t kValueFlag = 1 << 16;  // a value is not finite
 constexpr uint32_t kRangeFlag = 2 << 16;  // for the packers alone: v_peaks are not all zeros

@@ -62,6 +62,13 @@ Sage2Params sage2::make_params(const Sage2Op& op) {
 void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream) {
   if (op.plan.band) return launch_band_attention(op, stream);
   const Sage2Params params = make_params(op);
+  if (op.plan.kernel == Kernel::kSage2PP) {
+    switch (op.plan.padded_head_dim) {
+      case 64: return launch_sage2pp_d64(op, params, stream);
+      case 128: return launch_sage2pp_d128(op, params, stream);
+      default: return launch_sage2pp_d256(op, params, stream);
+    }
+  }
   switch (op.plan.padded_head_dim) {
     case 64: return launch_sage2_d64(op, params, stream);
     case 128: return launch_sage2_d128(op, params, stream);

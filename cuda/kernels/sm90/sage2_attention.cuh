@@ -18,6 +18,7 @@
 #include "../ptx/barrier.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/wgmma.cuh"
+#include "half_sums.cuh"
 #include "launch.cuh"
 #include "sage2.h"
 
@@ -60,29 +61,38 @@ Sage2Params make_params(const Sage2Op& op);
 
 // kSmooth: queries are less the mean of their block, and what that takes from the scores of a key, one number for the
 // whole block, comes with the key. kSums: the row sums of P before it is rounded are wanted, for the log-sum-exp.
-// kBand: there is room for tiles of 16 bits (band_attention.cuh).
-template <int kHeadDim_, bool kFast_, bool kSmooth_ = false, bool kSums_ = false, bool kBand_ = false>
+// kBand: there is room for tiles of 16 bits (band_attention.cuh). kHalfSums: products with V are summed in FP16.
+template <int kHeadDim_, bool kFast_, bool kSmooth_ = false, bool kSums_ = false, bool kBand_ = false,
+          bool kHalfSums_ = false>
 struct Sage2Config {
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kFast = kFast_, kSmooth = kSmooth_, kSums = kSums_, kBand = kBand_;
-  static_assert(!kFast || (!kSmooth && !kSums), "fast exponentials are codes from the start, of integer scores");
-  static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast, kSmooth, kBand);
+  static constexpr bool kFast = kFast_, kSmooth = kSmooth_, kSums = kSums_, kBand = kBand_, kHalfSums = kHalfSums_;
+  static_assert(!kFast || !kSums, "fast exponentials are codes from the start");
+  // Scores leave the tensor core as floats, and what smoothing took is rounded to their unit: a trifle beside what
+  // codes cost the scores, but more than an exact log-sum-exp may be off.
+  static constexpr bool kCentred =
+      kSmooth ? kHeadDim < 256 && !kSums : kHeadDim == 64 && !kFast && !kBand && !kHalfSums;
+  static_assert(!kFast || !kSmooth || kCentred, "fast exponentials are of integer scores");
+  static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast, kBand);
   static constexpr int kBlockN = kTiles.block_n, kVWidth = kTiles.v_width;
   static constexpr int kStages = kHeadDim == 256 ? 2 : 3;
   static constexpr int kQueryBuffers = kHeadDim == 256 || kBand ? 1 : 2;
   // The kept maximum moves only when a score exceeds it by this much (base 2). Room above costs range below.
-  static constexpr float kHeadroom = kFast ? 4.0f : 2.0f;
-  // P is scaled by 2^kOffset: at most 448; a maximum's P is 7 times a power of two, exactly.
-  static constexpr float kOffset = 8.807355f - kHeadroom;
+  static constexpr float kHeadroom = kFast ? 4.0f : kHalfSums ? 1.0f : 2.0f;
+  // P is scaled by 2^kOffset: at most kLargestWeight; a maximum's P is 7 times a power of two, exactly.
+  static constexpr float kLargestWeight = kHalfSums ? kHalfWeightRange : kE4m3Range;
+  static constexpr float kOffset = (kHalfSums ? 6.807355f : 8.807355f) - kHeadroom;
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim >= 128;
+  static constexpr bool kTurns = kHeadDim >= 128 || kHalfSums;
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
   // Exact exponentials become codes as soon as they are there, else (faster where registers allow) with the wait for
   // products behind them.
   static constexpr bool kEarlyCodes = kFast || kHeadDim == 256;
+  // Misfits (see below) share what they can with others.
+  static constexpr bool kFewRegisters = kBlockN == 256;
   // The scores of the next item's first tile are issued before this item's output is stored.
   static constexpr bool kAhead = kQueryBuffers == 2;
 
@@ -103,12 +113,15 @@ struct Sage2Config {
   static constexpr int kValueAt = kKeyAt + kStages * kKeyStage, kTotalAt = kValueAt + kStages * kValueStage;
   // A number of the total.
   static constexpr int kTotalBytes = kHeadDim == 256 || (kHeadDim == 128 && !kFast && !kBand) ? 2 : 4;
-  static constexpr int kShiftAt = kTotalAt + kBlockM * kHeadDim * kTotalBytes, kShiftBytes = kBlockN * 4;
+  static constexpr int kShiftAt = kTotalAt + kBlockM * kHeadDim * kTotalBytes;
+  // What smoothing took, for a tile: for each key; then the peaks of that.
+  static constexpr int kPeaks = kBlockN / kShiftsOfPeak, kPeaksAt = 4 * kBlockN;
+  static constexpr int kShiftBytes = !kSmooth ? 0 : kCentred ? kPeaksAt + 4 * kPeaks : 4 * kBlockN;
   static constexpr int kBandQueryAt = kShiftAt;  // queries of 16 bits
-  static constexpr int kSharedBytes =
-      kShiftAt + (kSmooth ? kStages * kShiftBytes : 0) + (kBand ? kBlockM * kHeadDim * 2 : 0);
+  static constexpr int kSharedBytes = kShiftAt + kStages * kShiftBytes + (kBand ? kBlockM * kHeadDim * 2 : 0);
   static_assert(!kSmooth || !kBand, "what smoothing takes from scores lies where the band has its queries");
   static constexpr int kScores = kBlockN / 2, kOutputs = kValueWidth / 2, kWeights = kBlockN / 8;  // registers
+  static constexpr int kOutputRegisters = kOutputs / (kHalfSums ? 2 : 1), kSumRegisters = kHalfSums ? 2 : 4;
   static_assert(kSharedBytes <= 232448 && kBlockN % 32 == 0 && kBlockN % kVWidth == 0);
 };
 
@@ -116,6 +129,9 @@ constexpr int kGroups = 2, kThreads = 128 * (kGroups + 1);  // warpgroups that m
 // A mean of n values of V, whose codes have a root mean square of kValueRms, drifts if it is larger than this many
 // times kValueRms / sqrt(n): attention to normal scores has 1.65.
 constexpr float kDrift = 10.5f;
+// Truncation takes a little of what O holds with every product, so O is added to the total after this many keys even
+// if it hovers: left to itself for a million, it lacks 4 %.
+constexpr int kLongestSum = 1 << 16;
 
 // ---- rings of tiles ----------------------------------------------------------------------------------------------
 
@@ -198,7 +214,7 @@ __device__ __forceinline__ void issue_scores(int (&s)[C::kScores], uint64_t q, u
       const uint64_t a = q + (panel * kBlockM * C::kPanelWidth >> 4) + 2 * step;
       const uint64_t b = k + (panel * C::kBlockN * C::kPanelWidth >> 4) + 2 * step;
       if (panel == 0 && step == 0) {
-        ptx::ScoreProduct<C::kBlockN>::template issue<false>(s, a, b);
+        ptx::ScoreProduct<C::kBlockN>::template issue<C::kCentred>(s, a, b);
       } else {
         ptx::ScoreProduct<C::kBlockN>::template issue<true>(s, a, b);
       }
@@ -208,15 +224,18 @@ __device__ __forceinline__ void issue_scores(int (&s)[C::kScores], uint64_t q, u
 }
 
 template <class C>
-__device__ __forceinline__ void issue_values(float (&o)[C::kOutputs], float (&sums)[4],
+__device__ __forceinline__ void issue_values(Output<C> (&o)[C::kOutputRegisters], Output<C> (&sums)[C::kSumRegisters],
                                              const uint32_t (&weights)[C::kWeights], uint64_t v, uint64_t ones,
                                              int accumulate) {
 #pragma unroll
   for (int step = 0; step < C::kBlockN / 32; step++) {
     constexpr int kSteps = C::kVWidth / 32;
     const uint64_t b = v + (step / kSteps * C::kChunkBytes >> 4) + 2 * (step % kSteps);
-    ptx::ValueProduct<C::kValueWidth>::issue(o, weights + 4 * step, b, step == 0 ? accumulate : 1);
-    if constexpr (!C::kOnesInV) ptx::ValueProduct<8>::issue(sums, weights + 4 * step, ones, step > 0);
+    using Product =
+        std::conditional_t<C::kHalfSums, ptx::ValueProductInHalf<C::kValueWidth>, ptx::ValueProduct<C::kValueWidth>>;
+    using SumProduct = std::conditional_t<C::kHalfSums, ptx::ValueProductInHalf<8>, ptx::ValueProduct<8>>;
+    Product::issue(o, weights + 4 * step, b, step == 0 ? accumulate : 1);
+    if constexpr (!C::kOnesInV) SumProduct::issue(sums, weights + 4 * step, ones, step > 0);
   }
   ptx::product_commit();
 }
@@ -349,17 +368,30 @@ struct Course {
     return __ldg(p.packed.k_scales + static_cast<int64_t>(first_tile + of) * 4 + threadIdx.x % 4);
   }
 
-  // What turns a score of this tile into an exponent of 2; fetches the next tile's.
+  // What turns a score of this tile into an exponent of 2.
+  __device__ __forceinline__ float next_factor() const {
+    return fminf(fmaxf(q_scale * next_k_scale, 0x1p-126f), 0x1p100f);
+  }
+
+  // The same; fetches the next tile's.
   __device__ __forceinline__ float factor(const Sage2Params& p) {
-    const float k_scale = next_k_scale;
+    const float factor = next_factor();
     if (tile > 0) next_k_scale = key_scale(p, tile - 1);
-    return fminf(fmaxf(q_scale * k_scale, 0x1p-126f), 0x1p100f);
+    return factor;
   }
 };
 
-// A score that is masked: with a factor of kLeastFactor or more it is as good as none.
+// From kLeastFactor to below kMostFactor integer scores are fine enough, and kMasked ones as good as none.
+constexpr float kLeastFactor = 0x1p-19f, kMostFactor = 0x1p-7f;
 constexpr int kMasked = -(1 << 30);
-constexpr float kLeastFactor = 0x1p-19f;
+
+// Sums of scores that start at the bits of kCentre + n are the bits of the float kCentre + n + score, as long as that
+// is within kCentreRoom of kCentre. Such a score that is masked is -inf, and less than any other as an integer too.
+constexpr float kCentre = 0x1.8p23f, kCentreRoom = 0x1p22f;
+constexpr int kCentreBits = 0x4b400000, kNoScore = static_cast<int>(0xff800000);
+
+template <class C>
+constexpr int kMaskedScore = C::kCentred ? kNoScore : kMasked;
 
 template <class C>
 __device__ __forceinline__ void mask(const Sage2Params& p, int (&s)[C::kScores], const Course<C>& course) {
@@ -368,13 +400,13 @@ __device__ __forceinline__ void mask(const Sage2Params& p, int (&s)[C::kScores],
   const int last[2] = {last_key(p, row) - first, last_key(p, row + 8) - first};
 #pragma unroll
   for (int i = 0; i < C::kScores; i++) {
-    if (i / 4 * 8 + (i & 1) > last[i >> 1 & 1]) s[i] = kMasked;
+    if (i / 4 * 8 + (i & 1) > last[i >> 1 & 1]) s[i] = kMaskedScore<C>;
   }
   if (!p.begins) return;
   const int least[2] = {first_key(p, row) - first, first_key(p, row + 8) - first};
 #pragma unroll
   for (int i = 0; i < C::kScores; i++) {
-    if (i / 4 * 8 + (i & 1) < least[i >> 1 & 1]) s[i] = kMasked;
+    if (i / 4 * 8 + (i & 1) < least[i >> 1 & 1]) s[i] = kMaskedScore<C>;
   }
 }
 
@@ -388,47 +420,92 @@ __device__ __forceinline__ void mask_flagged(const Sage2Params& p, int (&s)[C::k
     const uint32_t bad = __ldg(bits + word) >> 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int i = 0; i < 16; i++) {
-      if (bad >> (i / 4 * 8 + (i & 1)) & 1) s[16 * word + i] = kMasked;
+      if (bad >> (i / 4 * 8 + (i & 1)) & 1) s[16 * word + i] = kMaskedScore<C>;
     }
   }
 }
 
 // What smoothing took from scores of the tile: four at a time, of columns 16n + 2c, + 1, + 8 and + 9.
 struct Shifts {
-  const float4* of_lane;
-  __device__ __forceinline__ float4 operator[](int n) const { return of_lane[4 * n]; }
+  const float* of_tile = nullptr;  // in shared memory, where their peaks follow
+  __device__ __forceinline__ float4 operator[](int n) const {
+    return reinterpret_cast<const float4*>(of_tile)[4 * n + threadIdx.x % 4];
+  }
 };
 __device__ __forceinline__ float part_of(const float4& four, int i) {
   return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
 }
 
-// P against the kept maxima: score(i, addend) is score i plus addend, base 2.
+// Sums of scores start at what smoothing took from them; inverse: of the tile's factor, or 0 for misfits.
+template <class C>
+__device__ __forceinline__ void start_scores(int (&s)[C::kScores], float inverse, Shifts shifts) {
+#pragma unroll
+  for (int n = 0; n < C::kBlockN / 16; n++) {
+    const float4 shift = shifts[n];
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+      s[8 * n + r] = __float_as_int(fmaf(part_of(shift, r / 4 * 2 + (r & 1)), inverse, kCentre));
+    }
+  }
+}
+
+// Whether a tile is a misfit in some lane of the warp: there is no room for what smoothing took, or its factors are no
+// good for integer scores.
+template <class C>
+__device__ __forceinline__ bool any_misfit(float factor, Shifts shifts) {
+  constexpr float kRoom = kCentreRoom - 127.0f * 127.0f * C::kHeadDim - 2.0f;  // 2: what rounding adds
+  static_assert(C::kPeaks <= 32, "one for a lane");
+  const int lane = threadIdx.x % 32;
+  const float own = shifts.of_tile[C::kPeaksAt / 4 + (lane < C::kPeaks ? lane : 0)];
+  const float peak = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(own)));
+  const bool fits = peak <= kRoom * factor && factor < kMostFactor && (!C::kFast || factor >= kLeastFactor);
+  return __any_sync(~0u, !fits);
+}
+
+// Where nothing joins them.
+template <class C>
+__device__ __forceinline__ void centre_scores(int (&s)[C::kScores]) {
+#pragma unroll
+  for (int i = 0; i < C::kScores; i++) s[i] = kCentreBits;
+}
+
+// P: score(i, addend) is score i plus addend, base 2. A lane's row sums of P join what there is of them, times rescale.
 template <class C, class Score>
-__device__ __forceinline__ void exponentiate(Exponentials<C>& e, RowState& state, const float (&rescale)[2],
-                                             Score score) {
+__device__ __forceinline__ void exponentiate(Exponentials<C>& e, RowState& state, const float (&addend)[2],
+                                             const float (&rescale)[2], const float (&correction)[2], Score score) {
   float sum[2] = {};
 #pragma unroll
   for (int word = 0; word < C::kScores / 4; word++) {
     const int b = word_base(word);
-    const float addend = addend_of<C>(state.maximum[word & 1]);
-    const auto exponential = [&](int i) { return ptx::exp2_approx(score(i, addend)); };
+    const auto exponential = [&](int i) { return ptx::exp2_approx(score(i, addend[word & 1])); };
     const float x[4] = {exponential(b), exponential(b + 1), exponential(b + 4), exponential(b + 5)};
     if (C::kSums) sum[word & 1] += (x[0] + x[1]) + (x[2] + x[3]);
     e.put(word, x[0], x[1], x[2], x[3]);
   }
 #pragma unroll
-  for (int half = 0; half < 2; half++) state.exact[half] = fmaf(state.exact[half], rescale[half], sum[half]);
+  for (int half = 0; half < 2; half++) {
+    state.exact[half] = fmaf(state.exact[half], rescale[half], sum[half] * correction[half]);
+  }
+}
+
+// Against the kept maxima.
+template <class C, class Score>
+__device__ __forceinline__ void exponentiate(Exponentials<C>& e, RowState& state, const float (&rescale)[2],
+                                             Score score) {
+  const float addend[2] = {addend_of<C>(state.maximum[0]), addend_of<C>(state.maximum[1])};
+  constexpr float kNone[2] = {1.0f, 1.0f};
+  exponentiate<C>(e, state, addend, rescale, kNone, score);
 }
 
 __device__ __forceinline__ bool moves(const float (&rescale)[2]) {
   return __any_sync(~0u, rescale[0] != 1.0f || rescale[1] != 1.0f);
 }
 
-// Exact exponentials of scores made whole, which take the place of the integers: what smoothing took is added, and
-// kMasked ones, where there may be any, are -inf. Factors are of any size.
+// Scores made whole take the place of the integers, and move the kept maxima: what smoothing took is added, and masked
+// ones, where there may be any, are -inf. Factors are of any size.
 template <class C, bool kMaskable>
-__device__ __forceinline__ bool softmax_whole(int (&s)[C::kScores], Exponentials<C>& e, RowState& state, float factor,
-                                              Shifts shifts, float (&rescale)[2]) {
+__device__ __forceinline__ void make_whole(int (&s)[C::kScores], RowState& state, float factor, Shifts shifts,
+                                           float (&rescale)[2]) {
   float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
   for (int n = 0; n < C::kBlockN / 16; n++) {
@@ -437,14 +514,22 @@ __device__ __forceinline__ bool softmax_whole(int (&s)[C::kScores], Exponentials
 #pragma unroll
     for (int r = 0; r < 8; r++) {
       const int score = s[8 * n + r];
-      float x = static_cast<float>(score) * factor;
-      if (C::kSmooth) x = fmaf(static_cast<float>(score), factor, part_of(shift, r / 4 * 2 + (r & 1)));
-      if (kMaskable && score == kMasked) x = -INFINITY;
+      const float number = C::kCentred ? __int_as_float(score) - kCentre : static_cast<float>(score);
+      float x = number * factor;
+      if (C::kSmooth) x = fmaf(number, factor, part_of(shift, r / 4 * 2 + (r & 1)));
+      if (kMaskable && !C::kCentred && score == kMasked) x = -INFINITY;
       largest[r >> 1 & 1] = fmaxf(largest[r >> 1 & 1], x);
       s[8 * n + r] = __float_as_int(x);
     }
   }
   keep_maxima<C>(state, largest, rescale);
+}
+
+// Exact exponentials of such scores.
+template <class C, bool kMaskable>
+__device__ __forceinline__ bool softmax_whole(int (&s)[C::kScores], Exponentials<C>& e, RowState& state, float factor,
+                                              Shifts shifts, float (&rescale)[2]) {
+  make_whole<C, kMaskable>(s, state, factor, shifts, rescale);
   exponentiate<C>(e, state, rescale, [&](int i, float addend) { return __int_as_float(s[i]) + addend; });
   return moves(rescale);
 }
@@ -462,7 +547,11 @@ __device__ __forceinline__ bool keep_integer_maxima(const int (&s)[C::kScores], 
   float largest[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    largest[half] = bits[half] == kMasked ? -INFINITY : static_cast<float>(bits[half]) * factor;
+    if constexpr (C::kCentred) {
+      largest[half] = (__int_as_float(bits[half]) - kCentre) * factor;
+    } else {
+      largest[half] = bits[half] == kMasked ? -INFINITY : static_cast<float>(bits[half]) * factor;
+    }
   }
   keep_maxima<C>(state, largest, rescale);
   return moves(rescale);
@@ -478,12 +567,36 @@ __device__ __forceinline__ bool softmax_exact(const int (&s)[C::kScores], Expone
   return moved;
 }
 
+// The same of scores about kCentre; those of misfits are made whole first.
+template <class C>
+__device__ __forceinline__ bool softmax_exact_centred(int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
+                                                      float factor, Shifts shifts, bool misfit, float (&rescale)[2]) {
+  float centre = kCentre;
+  if (misfit) {
+    if (!C::kFewRegisters) return softmax_whole<C, true>(s, e, state, factor, shifts, rescale);
+    make_whole<C, true>(s, state, factor, shifts, rescale);
+    factor = 1.0f, centre = 0.0f;
+  } else {
+    keep_integer_maxima<C>(s, state, factor, rescale);
+  }
+  // With the centre in it an addend is rounded by up to a unit of the scores, which row sums can undo.
+  float addend[2], correction[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const float whole = addend_of<C>(state.maximum[half]);
+    addend[half] = fmaf(-centre, factor, whole);
+    correction[half] = C::kSums ? ptx::exp2_approx(whole - fmaf(centre, factor, addend[half])) : 1.0f;
+  }
+  exponentiate<C>(e, state, addend, rescale, correction,
+                  [&](int i, float addend) { return fmaf(__int_as_float(s[i]), factor, addend); });
+  return moves(rescale);
+}
+
 // Exponentials straight to e4m3 codes, whose logarithm is nearly linear in the code: floor(8 (t + 7 - .057) + .5) for
 // 2^t. (s + bias) * multiplier is the code in its top byte.
 struct CodeLine {
   int bias[2], multiplier, most;
 };
-constexpr float kMostFactor = 0x1p-7f;  // from kLeastFactor to here the line is fine enough
 
 template <class C>
 __device__ __forceinline__ CodeLine code_line(const RowState& state, float factor) {
@@ -492,7 +605,8 @@ __device__ __forceinline__ CodeLine code_line(const RowState& state, float facto
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int bias = __float2int_rn((shift - state.maximum[half]) * inverse);
-    line.bias[half] = max(-(1 << 30), min(1 << 30, bias));
+    constexpr int kMost = C::kCentred ? 1 << 28 : 1 << 30;  // a masked score stays below 0, others do not overflow
+    line.bias[half] = max(-kMost, min(kMost, bias)) - (C::kCentred ? kCentreBits : 0);
   }
   line.multiplier = __float2int_rn(factor * 0x1p27f);
   line.most = __float2int_rd(31.7f * inverse);
@@ -539,7 +653,8 @@ __device__ __forceinline__ bool softmax_codes(const int (&s)[C::kScores], Expone
   }
 }
 
-// P of a tile. Whether maxima moved: then what was summed for them takes `rescale`.
+// P of a tile. Whether maxima moved: then what was summed for them takes `rescale`. `shifts` are those that have not
+// joined the scores.
 template <class C>
 __device__ __forceinline__ bool softmax(const Sage2Params& p, int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
                                         Course<C>& course, Shifts shifts, bool first, float (&rescale)[2]) {
@@ -561,6 +676,25 @@ __device__ __forceinline__ bool softmax(const Sage2Params& p, int (&s)[C::kScore
   }
 }
 
+// The same of scores about kCentre, which what smoothing took has joined but for misfits.
+template <class C>
+__device__ __forceinline__ bool softmax_centred(const Sage2Params& p, int (&s)[C::kScores], Exponentials<C>& e,
+                                                RowState& state, Course<C>& course, Shifts shifts, bool misfit,
+                                                float (&rescale)[2]) {
+  const float factor = course.factor(p);
+  if constexpr (!C::kSmooth) misfit = __any_sync(~0u, !(factor < kMostFactor));
+  if (course.is_border(p)) {
+    mask<C>(p, s, course);
+    if (course.last_open == course.kFlagged) mask_flagged<C>(p, s, course);
+  }
+  if constexpr (C::kFast) {
+    if (misfit) return softmax_whole<C, true>(s, e, state, factor, shifts, rescale);
+    return softmax_codes<C>(s, e, state, factor, false, rescale);
+  } else {
+    return softmax_exact_centred<C>(s, e, state, factor, shifts, misfit, rescale);
+  }
+}
+
 // ---- sums that have left the accumulator --------------------------------------------------------------------------
 
 // In shared memory: numbers of a thread, four to an 8-column tile, in f32 (f16 where there is no room for more), and
@@ -572,7 +706,7 @@ struct Total {
   bool used = false;
 
   // The total takes O in: as a sum in f32, as an average in f16, which holds it.
-  __device__ __forceinline__ void add(const float (&o)[C::kOutputs], RowState& state) {
+  __device__ __forceinline__ void add(const Output<C> (&o)[C::kOutputRegisters], RowState& state) {
     float sum[2], old[2], fresh[2];
     weigh(state, sum, old, fresh);
 #pragma unroll
@@ -580,7 +714,7 @@ struct Total {
       float x[4] = {};
       if (used) load(n, x);
 #pragma unroll
-      for (int r = 0; r < 4; r++) x[r] = fmaf(x[r], old[r >> 1], o[4 * n + r] * fresh[r >> 1]);
+      for (int r = 0; r < 4; r++) x[r] = fmaf(x[r], old[r >> 1], output_at(o, 4 * n + r) * fresh[r >> 1]);
       store(n, x);
     }
     __syncwarp();
@@ -654,14 +788,14 @@ struct Total {
   }
 };
 
-// Whether a row of the warpgroup drifts; `keys` is how many O has summed.
+// Whether a row of the warpgroup drifts, or O has summed for long; `keys` is how many it has.
 template <class C>
 __device__ __forceinline__ bool drifts(const float (&o)[C::kOutputs], const RowState& state, int keys, int group) {
   float largest[2] = {};
 #pragma unroll
   for (int i = 0; i < C::kHeadDim / 2; i++) largest[i >> 1 & 1] = fmaxf(largest[i >> 1 & 1], fabsf(o[i]));
   const float bound = kDrift * kValueRms * rsqrtf(static_cast<float>(keys));
-  const bool found = largest[0] > bound * state.sum[0] || largest[1] > bound * state.sum[1];
+  const bool found = keys >= kLongestSum || largest[0] > bound * state.sum[0] || largest[1] > bound * state.sum[1];
   return __any_sync(~0u, ptx::any_of_warpgroup(3 + group, found));  // the vote tells the compiler that warps agree
 }
 
@@ -790,7 +924,7 @@ __device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& ite
 
 template <class C>
 struct Rings {
-  Ring<C::kStages> keys, values, shifts;  // shifts are done with when the values are
+  Ring<C::kStages> keys, values;  // with keys comes what smoothing took from their scores
   Ring<C::kQueryBuffers> queries;
   uint32_t* items;  // whose queries are in a buffer; kNoItem: there are no more
   static constexpr uint32_t kNoItem = ~0u;
@@ -798,8 +932,7 @@ struct Rings {
   __device__ __forceinline__ Rings(uint8_t* shared, uint32_t base)
       : keys{base},
         values{base + Ring<C::kStages>::kBytes},
-        shifts{base + 2 * Ring<C::kStages>::kBytes},
-        queries{base + 3 * Ring<C::kStages>::kBytes},
+        queries{base + 2 * Ring<C::kStages>::kBytes},
         items(reinterpret_cast<uint32_t*>(shared + C::kItemsAt)) {}
 };
 
@@ -820,9 +953,17 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
     for (int tile = item.end_tile - 1; tile >= item.first_tile; tile--) {
       const uint32_t i = slot.index;
       ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
-      ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes);
+      ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes + C::kShiftBytes);
       ptx::copy_bulk(shared + C::kKeyAt + i * C::kKeyStage, keys + static_cast<int64_t>(tile) * C::kKeyBytes,
                      C::kKeyBytes, rings.keys.full(i));
+      if constexpr (C::kSmooth) {
+        const uint32_t to = shared + C::kShiftAt + i * C::kShiftBytes;
+        const int64_t from = block * p.tiles + tile;
+        ptx::copy_bulk(to, p.packed.shifts + from * C::kBlockN, 4 * C::kBlockN, rings.keys.full(i));
+        if constexpr (C::kCentred) {
+          ptx::copy_bulk(to + C::kPeaksAt, p.packed.shift_peaks + from * C::kPeaks, 4 * C::kPeaks, rings.keys.full(i));
+        }
+      }
       if (tile == item.end_tile - 1) {  // after the first keys: they do not wait for the item before
         take_query_buffer(index);
         ptx::barrier_expect(rings.queries.full(query.index), C::kQueryBytes);
@@ -830,11 +971,6 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
                        C::kQueryBytes, rings.queries.full(query.index));
       }
       ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
-      if constexpr (C::kSmooth) {
-        ptx::barrier_expect(rings.shifts.full(i), C::kShiftBytes);
-        ptx::copy_bulk(shared + C::kShiftAt + i * C::kShiftBytes,
-                       p.packed.shifts + (block * p.tiles + tile) * C::kBlockN, C::kShiftBytes, rings.shifts.full(i));
-      }
       ptx::barrier_expect(rings.values.full(i), C::kBlockN * C::kHeadDim);
       const uint8_t* const from = values + static_cast<int64_t>(tile) * (C::kBlockN * C::kHeadDim);
 #pragma unroll
@@ -892,6 +1028,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   // Scores of the first tile, where there is one; else of whatever lies there, which nobody will read.
   const auto issue_first = [&](const Course<C>& of) {
     if (of.tile >= 0) ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+    if constexpr (C::kCentred) centre_scores<C>(s);
     wait_turn();
     ptx::product_fence();
     issue_scores<C>(s, query_tiles + query.index * (C::kQueryBytes >> 4), key_tiles + slot.index * (C::kKeyStage >> 4));
@@ -906,8 +1043,12 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
 
   const auto shifts_of = [&](const Slot<C::kStages>& of) -> Shifts {
     if constexpr (!C::kSmooth) return {};
-    ptx::barrier_wait(rings.shifts.full(of.index), of.parity);
-    return {reinterpret_cast<const float4*>(shared + C::kShiftAt + of.index * C::kShiftBytes) + lane % 4};
+    return {reinterpret_cast<const float*>(shared + C::kShiftAt + of.index * C::kShiftBytes)};
+  };
+  // The tile in a slot has been multiplied (with smoothing: has become P).
+  const auto release_keys = [&](uint32_t stage) {
+    if (C::kSmooth) __syncwarp();  // every lane has read what smoothing took
+    done(rings.keys.empty(stage));
   };
 
   Course<C> course = next_course();
@@ -918,8 +1059,10 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   }
   while (course.index < p.items) {
     const uint32_t index = course.index;
-    float o[C::kOutputs] = {}, sums[4] = {}, centred[2] = {};
+    Output<C> o[C::kOutputRegisters] = {}, sums[C::kSumRegisters] = {};
+    float average[C::kOutputs] = {}, centred[2] = {};
     RowState state;
+    Crowd<C> crowd;
     total.used = false;
     if (!C::kAhead) {
       issue_first(course);
@@ -929,21 +1072,29 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
     if (course.tile >= 0) {
       uint32_t weights[C::kWeights];
       float rescale[2];
-      done(rings.keys.empty(slot.index));
+      if (!C::kSmooth) release_keys(slot.index);
       {
         Exponentials<C> e;
-        softmax<C>(p, s, e, state, course, shifts_of(slot), true, rescale);
+        if constexpr (C::kCentred) {
+          softmax_centred<C>(p, s, e, state, course, shifts_of(slot), C::kSmooth, rescale);
+        } else {
+          softmax<C>(p, s, e, state, course, shifts_of(slot), true, rescale);
+        }
+        if (C::kSmooth) release_keys(slot.index);
         e.store(weights);
       }
       slot.next();
       int summed = 0;  // tiles in O
-      const auto row_sum = [&](int half) { return C::kOnesInV ? o[C::kOutputs - 4 + 2 * half] : sums[2 * half]; };
+      const auto row_sum = [&](int half) {
+        return C::kOnesInV ? output_at(o, C::kOutputs - 4 + 2 * half) : output_at(sums, 2 * half);
+      };
       const auto take_sums = [&] {
         state.sum[0] += row_sum(0), state.sum[1] += row_sum(1);
+        if (C::kHalfSums) crowd.add(row_sum(0), row_sum(1));
         // A write to part of an accumulator that no condition guards would make the compiler serialize products.
         if (C::kOnesInV && p.k_tokens > 0) {
 #pragma unroll
-          for (int i = 1; i <= 4; i++) o[C::kOutputs - i] = 0.0f;
+          for (int i = 1; i <= C::kSumRegisters; i++) o[C::kOutputRegisters - i] = 0;
         }
       };
 
@@ -951,6 +1102,14 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       while (--course.tile >= 0) {
         Exponentials<C> e;
         ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+        [[maybe_unused]] bool misfit = false;
+        if constexpr (C::kCentred && C::kSmooth) {
+          const float factor = course.next_factor();
+          misfit = any_misfit<C>(factor, shifts_of(slot));
+          start_scores<C>(s, misfit ? 0.0f : reciprocal(factor), shifts_of(slot));
+        } else if constexpr (C::kCentred) {
+          centre_scores<C>(s);
+        }
         wait_turn();
         ptx::pin(weights);
         ptx::product_fence();
@@ -962,8 +1121,14 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         pass_turn();
         ptx::product_wait<1>();
         ptx::pin(s);
-        done(rings.keys.empty(slot.index));
-        const bool moved = softmax<C>(p, s, e, state, course, shifts_of(slot), false, rescale);
+        if (!C::kSmooth) release_keys(slot.index);
+        bool moved;
+        if constexpr (C::kCentred) {
+          moved = softmax_centred<C>(p, s, e, state, course, shifts_of(slot), misfit, rescale);
+        } else {
+          moved = softmax<C>(p, s, e, state, course, shifts_of(slot), false, rescale);
+        }
+        if (C::kSmooth) release_keys(slot.index);
 
         ptx::product_wait<0>();
         ptx::pin(e.bits);
@@ -973,11 +1138,17 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         take_sums();
         e.store(weights);
         if (moved) {
-#pragma unroll
-          for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= rescale[i >> 1 & 1];
+          scale_outputs<C>(o, rescale);
           state.sum[0] *= rescale[0], state.sum[1] *= rescale[1];
         }
-        if (summed % C::kTestTiles == 0 && drifts<C>(o, state, summed * C::kBlockN, group)) {
+        if constexpr (C::kHalfSums) {
+          if (crowd.leaves(o, summed)) {
+            total.add(o, state);
+            crowd.bound = 0.0f;
+#pragma unroll
+            for (int i = 0; i < C::kOutputRegisters; i++) o[i] = 0;
+          }
+        } else if (summed % C::kTestTiles == 0 && drifts<C>(o, state, summed * C::kBlockN, group)) {
           total.add(o, state);
           summed = 0;
         }
@@ -1004,7 +1175,9 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       const bool ends_at_first = item_at<C>(p, index).first_tile == 0;
       const float first[2] = {row_sum(0), row_sum(1)};
       take_sums();
-      total.finish(o, state);
+#pragma unroll
+      for (int i = 0; i < C::kOutputs; i++) average[i] = output_at(o, i);
+      total.finish(average, state);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float rest = state.sum[half] - (ends_at_first ? first[half] : 0.0f);
@@ -1019,7 +1192,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       }
     }
     const Item item = item_at<C>(p, index);
-    store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
+    store_rows<C>(p, item, average, state, centred, item.block * kBlockM + row_of_block(), totals);
     if (C::kAhead) {
       ptx::product_wait<0>();
       ptx::pin(s);
@@ -1053,7 +1226,6 @@ __global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constan
   if (threadIdx.x == 0) {
     rings.keys.create();
     rings.values.create();
-    if (C::kSmooth) rings.shifts.create();
     rings.queries.create();
     ptx::barrier_init_fence();
   }

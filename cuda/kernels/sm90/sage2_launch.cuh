@@ -24,9 +24,20 @@ void launch_exact(const Sage2Op& op, const Sage2Params& params, cudaStream_t str
 
 template <int kHeadDim>
 void launch_for(const Sage2Op& op, const Sage2Params& params, cudaStream_t stream) {
-  if (op.plan.fast_exponential) return launch<Sage2Config<kHeadDim, true>>(params, stream);
+  if (op.plan.fast_exponential) {
+    if constexpr (kHeadDim < 256) {
+      if (op.plan.smooth_q) return launch<Sage2Config<kHeadDim, true, true>>(params, stream);
+    }
+    return launch<Sage2Config<kHeadDim, true>>(params, stream);
+  }
   op.plan.smooth_q ? launch_exact<kHeadDim, true>(op, params, stream)
                    : launch_exact<kHeadDim, false>(op, params, stream);
+}
+
+template <int kHeadDim>
+void launch_half_sums(const Sage2Op& op, const Sage2Params& params, cudaStream_t stream) {
+  if (op.lse) return launch<Sage2Config<kHeadDim, false, false, true, false, true>>(params, stream);
+  launch<Sage2Config<kHeadDim, false, false, false, false, true>>(params, stream);
 }
 
 }  // namespace sage2
@@ -34,5 +45,8 @@ void launch_for(const Sage2Op& op, const Sage2Params& params, cudaStream_t strea
 void launch_sage2_d64(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
 void launch_sage2_d128(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
 void launch_sage2_d256(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+void launch_sage2pp_d64(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+void launch_sage2pp_d128(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+void launch_sage2pp_d256(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
 
 }  // namespace sage::cuda::sm90

@@ -41,6 +41,7 @@ struct SampleArguments {
   int heads, head_dim;    // of K and V; as padded
   unsigned values, keys;  // blocks for V, then for K
   bool centre_all;        // channels of V, whether or not their mean is significant
+  ValueCodes codes;       // of V
 };
 
 template <DType kType>
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kType == DType::kF32 ? 2 : 3)
     for (int i = 1; i < lanes; i++) add_summary(all, summaries[i * a.head_dim + slot]);
     if (is_value) {
       const int64_t at = int64_t{plane} * a.head_dim + c;
-      const Channel values = channel_of_values(all, pivots[c], count, a.centre_all);
+      const Channel values = channel_of_values(all, pivots[c], count, a.centre_all, a.codes);
       const bool known = c < tensor.channels;
       a.packed.v_mean[at] = known ? values.mean : 0.0f;
       a.packed.v_scales[at] = known ? values.scale : 1.0f;
@@ -144,6 +145,8 @@ void launch_sage2_sample(const Sage2Op& op, CUstream_st* stream) {
   a.values = static_cast<unsigned>(op.k.batch() * op.k.heads());
   a.keys = op.packed.k_mean != nullptr ? a.values : 0;
   a.centre_all = op.plan.smooth_v;
+  a.codes = ValueCodes::of(op.plan);
+  a.codes.sum = 0.0f;  // packing looks at all sums
   for_float_type(op.k.dtype, [&](auto type) {
     launch_overlapped(sample_kernel<decltype(type)::value>, a.values + a.keys, kThreads, 0, stream, a);
   });

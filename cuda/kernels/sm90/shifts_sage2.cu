@@ -13,16 +13,16 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMeans = 16 * kWarps;  // most rows of a block of threads: query blocks of all heads that share keys
-constexpr int kKeys = 64;            // at a time
+constexpr int kKeys = 64;            // at a time: a lane of every four has the peak of 16
 
 struct ShiftArguments {
   Tensor k;
   const float *q_mean, *k_mean;
-  float* shifts;
+  float *shifts, *peaks;
   int kv_heads, group;
   int q_blocks;    // of one head
   int64_t keys;    // of one row of shifts: whole tiles
-  int chunks;      // of kKeys keys, the last one may be shorter
+  int chunks;      // of kKeys keys
   int run;         // chunks of a block of threads
   int runs;        // of one plane
   int parts;       // of the rows of one plane
@@ -34,7 +34,7 @@ template <DType kType, int kHeadDim>
 struct Config {
   static constexpr DType kInput = kType;
   static constexpr int kDim = kHeadDim, kSteps = kHeadDim / 16, kRowBytes = 2 * kHeadDim + 16;
-  static constexpr int kStageBytes = kKeys * kRowBytes;
+  static constexpr int kStages = 4, kStageBytes = kKeys * kRowBytes;
   static constexpr int kTerms = kType == DType::kF32 ? 3 : 1;  // of a key
   static constexpr ptx::Operand kOperand = kType == DType::kF16 ? ptx::Operand::kF16 : ptx::Operand::kBF16;
 };
@@ -48,6 +48,12 @@ __device__ __forceinline__ uint32_t pair_of(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   }
+}
+
+// Of overflow and of keys that are not finite, whose scores are masked.
+__device__ __forceinline__ float clamped(float x) {
+  constexpr float kLargest = 0x1.fffffep127f;
+  return fminf(fmaxf(x, -kLargest), kLargest);
 }
 
 // Term `term` of a row of keys: what rounding to bf16 left of the terms before.
@@ -103,7 +109,17 @@ __global__ void __launch_bounds__(kThreads, C::kDim == 256 ? 1 : 2)
   const int64_t plane_row = int64_t{kv_plane} * rows;
   const int channels = a.k.channels;
   const char* const from = plane_of(a.k, plane);
-  load_keys<C>(a, from, int64_t{first_chunk} * kKeys, 0, stages);
+  const auto stage_of = [&](int chunk) { return stages + chunk % C::kStages * C::kStageBytes; };
+  const auto first_key_of = [&](int chunk) { return (int64_t{first_chunk} + chunk) * kKeys; };
+  const auto load_chunk = [&](int chunk) {
+    if (chunk < chunks) {
+      load_keys<C>(a, from, first_key_of(chunk), 0, stage_of(chunk));
+    } else {
+      ptx::copy_async_commit();  // nothing: what is waited for is counted
+    }
+  };
+#pragma unroll
+  for (int chunk = 0; chunk < C::kStages - 1; chunk++) load_chunk(chunk);
 
   uint32_t mean[C::kSteps][4];
   float less[2] = {};  // the mean of queries times that of keys
@@ -129,17 +145,13 @@ __global__ void __launch_bounds__(kThreads, C::kDim == 256 ? 1 : 2)
   }
 
   const int key_groups = kWarps / a.row_groups, key_group = warp / a.row_groups;
+  const bool idle = first_row - g >= rows;
 #pragma unroll 1
   for (int chunk = 0; chunk < chunks; chunk++) {
-    const int64_t first_key = (int64_t{first_chunk} + chunk) * kKeys;
-    uint8_t* const stage = stages + chunk % 2 * C::kStageBytes;
-    if (chunk + 1 < chunks) {
-      load_keys<C>(a, from, first_key + kKeys, 0, stages + (chunk + 1) % 2 * C::kStageBytes);
-      ptx::copy_async_wait<1>();
-    } else {
-      ptx::copy_async_wait<0>();
-    }
+    ptx::copy_async_wait<C::kStages - 2>();
     __syncthreads();
+    load_chunk(chunk + C::kStages - 1);
+    uint8_t* const stage = stage_of(chunk);
     // Matrices: keys 0-7 and 8-15 of 16, their channels 0-7 and 8-15 of 16.
     const uint32_t at = ptx::shared_address(stage) + (lane % 8 + lane / 16 * 8) * C::kRowBytes + lane / 8 % 2 * 16;
     float sum[kKeys / 8][4] = {};
@@ -147,9 +159,10 @@ __global__ void __launch_bounds__(kThreads, C::kDim == 256 ? 1 : 2)
     for (int term = 0; term < C::kTerms; term++) {
       if (term > 0) {
         __syncthreads();
-        load_keys<C>(a, from, first_key, term, stage);
+        load_keys<C>(a, from, first_key_of(chunk), term, stage);
         __syncthreads();
       }
+      if (idle) continue;
 #pragma unroll
       for (int n = 0; n < kKeys / 16; n++) {
         if (n % key_groups != key_group) continue;
@@ -165,23 +178,32 @@ __global__ void __launch_bounds__(kThreads, C::kDim == 256 ? 1 : 2)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = first_row + 8 * half;
-      float* const to = a.shifts + (plane_row + row) * a.keys + first_key + 4 * c;
+      const int64_t first = (plane_row + row) * a.keys + first_key_of(chunk);
+      float own = 0.0f;  // the peak that the lane writes
 #pragma unroll
       for (int n = 0; n < kKeys / 16; n++) {
-        if (row >= rows || n % key_groups != key_group || first_key + 16 * n >= a.keys) continue;
-        const auto shift = [&](int i, int e) { return (sum[2 * n + i][2 * half + e] - less[half]) * a.factor; };
-        *reinterpret_cast<float4*>(to + 16 * n) = make_float4(shift(0, 0), shift(0, 1), shift(1, 0), shift(1, 1));
+        if (idle || n % key_groups != key_group) continue;
+        const auto shift = [&](int i, int e) {
+          return clamped((sum[2 * n + i][2 * half + e] - less[half]) * a.factor);
+        };
+        const float4 four = make_float4(shift(0, 0), shift(0, 1), shift(1, 0), shift(1, 1));
+        if (row < rows) *reinterpret_cast<float4*>(a.shifts + first + 16 * n + 4 * c) = four;
+        float peak = fmaxf(fmaxf(fabsf(four.x), fabsf(four.y)), fmaxf(fabsf(four.z), fabsf(four.w)));
+        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+        if (n == c) own = peak;
       }
+      if (row < rows && c % key_groups == key_group) a.peaks[first / kShiftsOfPeak + c] = own;
     }
-    __syncthreads();
   }
 }
 
 template <DType kType, int kHeadDim>
 void launch_for(const ShiftArguments& a, unsigned blocks, cudaStream_t stream) {
   using C = Config<kType, kHeadDim>;
-  SAGE_CUDA(cudaFuncSetAttribute(shifts_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, 2 * C::kStageBytes));
-  launch_overlapped(shifts_kernel<C>, blocks, kThreads, 2 * C::kStageBytes, stream, a);
+  SAGE_CUDA(
+      cudaFuncSetAttribute(shifts_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kStages * C::kStageBytes));
+  launch_overlapped(shifts_kernel<C>, blocks, kThreads, C::kStages * C::kStageBytes, stream, a);
 }
 
 }  // namespace
@@ -195,15 +217,18 @@ void launch_sage2_shifts(const Sage2Op& op, CUstream_st* stream) {
   a.kv_heads = static_cast<int>(op.k.heads());
   a.group = static_cast<int>(op.q.heads() / op.k.heads());
   a.q_blocks = static_cast<int>((op.q.tokens() + kBlockM - 1) / kBlockM);
+  a.peaks = op.packed.shift_peaks;
   a.keys = (op.k.tokens() + op.plan.block_k - 1) / op.plan.block_k * op.plan.block_k;
   const int rows = a.group * a.q_blocks;
-  a.chunks = static_cast<int>((a.keys + kKeys - 1) / kKeys);
+  a.chunks = static_cast<int>(a.keys / kKeys);
   a.parts = (rows + kMeans - 1) / kMeans;
   a.row_groups = kWarps / (kKeys / 16);
   while (a.row_groups < kWarps && 16 * a.row_groups < rows) a.row_groups *= 2;
   constexpr int64_t kFewestBlocks = 1056;  // below, more are worth more than fewer loads of means
   const int64_t planes = op.k.batch() * a.kv_heads, all = planes * a.parts * a.chunks;
-  a.run = static_cast<int>(std::clamp<int64_t>(all / kFewestBlocks, 1, 32));
+  const int most = static_cast<int>(std::clamp<int64_t>(all / kFewestBlocks, 1, 32));
+  const int about = std::max((a.chunks + most / 2) / most, 1);  // runs of nearly the same length
+  a.run = (a.chunks + about - 1) / about;
   a.runs = (a.chunks + a.run - 1) / a.run;
   a.factor = op.scale * kLog2e;
   const auto blocks = static_cast<unsigned>(planes * a.parts * a.runs);

@@ -1,0 +1,8 @@
+// The sm_80 attention kernels whose codes have tensor cores of their own, for head dimensions up to 256.
+#include "attention_sm80.cuh"
+
+namespace sage::cuda {
+
+template void launch_codes_for<256, false>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+
+}  // namespace sage::cuda
