@@ -32,6 +32,18 @@ export const dtypes: readonly FloatDType[] = ["f32", "f16", "bf16"];
 /** Every kernel that quantizes. */
 export const sageKernels = kernels.filter((kernel) => kernel !== "flash");
 
+/** Whether Hopper's own kernel runs a call on groups of rows that are not those of quantize(). */
+export function hasOwnGroups({ q, k, v }: Tensors, options: AttentionOptions): boolean {
+  return ["sage2", "sage2-int4", "sage2++"].includes(options.kernel!) &&
+    explain(q, k, v, exactly(options)).architecture === "sm_90";
+}
+
+/** What keeps a kernel of CUDA off groups of its own, which it has per thread alone. */
+export function commonGroups({ kind }: Device, kernel: TestKernel): { granularity?: "token" } {
+  const own = kind === "cuda" && ["sage2", "sage2-int4", "sage2++"].includes(kernel);
+  return own ? { granularity: "token" } : {};
+}
+
 /** Every granularity of queries and keys. */
 export const granularities = ["token", "block", "warp", "thread"] as const;
 

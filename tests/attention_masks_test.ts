@@ -19,6 +19,7 @@ import {
 } from "../mod.ts";
 import {
   bits,
+  commonGroups,
   exactly,
   nameOf,
   run,
@@ -326,10 +327,8 @@ async function everyKernel(
   for (const kernel of kernels) {
     for (const smoothing of kernel === "flash" ? [{}] : [{}, smoothed]) {
       // With these, Hopper takes the kernel that it takes for masks, without any too.
-      const portable = q.device.kind === "cuda" && ["sage2", "sage2-int4"].includes(kernel)
-        ? { granularity: "token" as const }
-        : {};
-      const all = exactly({ kernel, ...portable, ...options, ...smoothing });
+      const groups = commonGroups(q.device, kernel);
+      const all = exactly({ kernel, ...groups, ...options, ...smoothing });
       if (!runs(q, k, v, all)) console.log(`skipped on ${q.device.name}: ${kernel}`);
       else await check(`${kernel} ${JSON.stringify(smoothing)}`, all);
     }
@@ -505,13 +504,10 @@ deviceTest("what is not finite shows in the rows whose windows reach it alone", 
     for (const { sees, ...window } of windows) {
       for (const kernel of kernels) {
         // Per thread, Hopper's sage2 takes scales from a sample, in which zeros count.
-        const portable = device.kind === "cuda" && ["sage2", "sage2-int4"].includes(kernel)
-          ? { granularity: "token" as const }
-          : {};
         const options = exactly({
           kernel,
           ...window,
-          ...portable,
+          ...commonGroups(device, kernel),
           ...kernel === "flash" ? {} : rough,
         });
         if (!runs(bad.q, bad.k, bad.v, options)) continue;

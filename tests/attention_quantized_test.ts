@@ -3,7 +3,6 @@ import { assertEquals, assertLess } from "@std/assert";
 import {
   type AttentionOptions,
   attentionQuantized,
-  explain,
   fromFloat32,
   type Kernel,
   quantize,
@@ -15,6 +14,7 @@ import {
   biased,
   exactly,
   granularities,
+  hasOwnGroups,
   lseDifference,
   meanBounds,
   rounding,
@@ -77,12 +77,6 @@ function variants(kernel: TestKernel): AttentionOptions[] {
   ];
 }
 
-/** Whether attention() groups the rows that share a scale in another way than quantize() does. */
-function ofItsOwn({ q, k, v }: Tensors, options: AttentionOptions): boolean {
-  return (options.kernel === "sage2" || options.kernel === "sage2-int4") &&
-    explain(q, k, v, exactly(options)).architecture === "sm_90";
-}
-
 /** attentionQuantized() on operands quantized as attention() with the same options would. */
 async function runQuantized(
   { q, k, v }: Tensors,
@@ -140,7 +134,7 @@ for (const kernel of sageKernels) {
         const int4 = kernel === "sage2-int4", eight = kernel === "sage-int8" ? 0.0042 : 0.0029;
         const outBound = smoothQ ? int4 ? 0.062 : 0.0122 : 1e-4;
         const lseBound = smoothK ? int4 ? 1.56 : 0.09 : smoothQ ? int4 ? 0.05 : eight : 1e-4;
-        if (!ofItsOwn(tensors, options)) {
+        if (!hasOwnGroups(tensors, options)) {
           within(relativeL1(whole.out, out), outBound, `quantized operands, ${name}`);
           within(worstDifference(whole.lse, lse), lseBound, `lse of quantized operands, ${name}`);
         }
