@@ -43,6 +43,9 @@ const fallbackPtx = "89";
 /** Sums of products, in which a * b + c may round once; all else must equal the CPU's results bit for bit. */
 const contractingSources = /\/(flash\w*|\w*attention\w*|row_products)\.cu$/;
 
+/** Portable sources without a word for features that came after 8.0: nvcc's front end takes them once. */
+const oldestFeatures = /\/attention_(masked_|bytes_)?d\d+\.cu$/;
+
 /** Sources in this folder hold instructions that only sm_90a has. */
 const hopperFolder = "cuda/kernels/sm90/";
 
@@ -198,11 +201,13 @@ function featureLevel(architecture: string): string {
   return parseInt(architecture) < 89 ? "80" : "89";
 }
 
-/** Code of portable sources: nothing in them needs the features of one architecture alone. */
-function portableCode(architectures: string[], ptx: string[]): string[] {
+/** Code of a portable source: nothing in them needs the features of one architecture alone. */
+function portableCode(source: string, architectures: string[], ptx: string[]): string[] {
+  const old = oldestFeatures.test(source);
+  const level = (name: string) => old ? "80" : featureLevel(name);
   const codes = [
-    ...architectures.map((name) => [featureLevel(name), `sm_${name.replace(/[af]$/, "")}`]),
-    ...ptx.map((name) => [featureLevel(name), `compute_${name}`]),
+    ...architectures.map((name) => [level(name), `sm_${name.replace(/[af]$/, "")}`]),
+    ...ptx.map((name) => [level(name), `compute_${old ? "80" : name}`]),
   ];
   return [...Map.groupBy(codes, ([level]) => level)].map(([level, group]) =>
     `-gencode=arch=compute_${level},code=[${group.map(([, code]) => code).join(",")}]`
@@ -262,7 +267,7 @@ async function planUnits(
     }
     const code = hopper
       ? ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
-      : portableCode(target.architectures, target.ptx);
+      : portableCode(source, target.architectures, target.ptx);
     return {
       source,
       object: object(variant),

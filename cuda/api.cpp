@@ -188,6 +188,11 @@ void resolve_scales(const char* action, const sage_quantize_call& call, Quantize
   op.group_rows = groups.rows;
 }
 
+bool resolve_takes_mean(const char* action, int32_t takes_mean, bool inverse) {
+  if (takes_mean == 0 || (takes_mean == 1 && !inverse)) return takes_mean != 0;
+  SAGE_FAIL(SAGE_INVALID_ARGUMENT, cannot(action, "takes_mean", inverse ? "be 0" : "be 0 or 1", takes_mean));
+}
+
 void quantize(const char* action, const sage_quantize_call* from, bool inverse) {
   const auto call = read_struct(action, "call", from);
   const OpenGate stream(call.stream);
@@ -195,8 +200,10 @@ void quantize(const char* action, const sage_quantize_call* from, bool inverse) 
   const Access forward = inverse ? Access::kRead : Access::kWrite;
   QuantizeOp op;
   resolve_scales(action, call, op);
+  op.takes_mean = resolve_takes_mean(action, call.takes_mean, inverse);
   op.x = tensors.add("x", call.x, inverse ? Access::kWrite : Access::kRead, kFloats);
-  op.mean = tensors.add_optional("mean", call.mean, Access::kRead, kF32Only);
+  op.mean = op.takes_mean ? tensors.add("mean", call.mean, Access::kWrite, kF32Only)
+                          : tensors.add_optional("mean", call.mean, Access::kRead, kF32Only);
   op.codes = tensors.add("codes", call.codes, forward, {DType::kI8, DType::kI4, DType::kE4M3});
   op.scales = tensors.add("scales", call.scales, forward, kF32Only);
   op.range = resolve_range(action, call.range, op.codes.dtype);

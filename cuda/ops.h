@@ -64,10 +64,11 @@ struct QuantizeOp {  // and its inverse
   View x, mean, codes, scales;
   bool per_channel;  // else `grouping` over rows
   Grouping grouping;
-  int64_t group_rows;   // never 0
-  int64_t mean_rows;    // never 0
-  float range;          // largest code magnitude
-  bool rotate = false;  // codes, of rotated_channels(x.channels()) channels, are those of the rotated rows
+  int64_t group_rows;       // never 0
+  int64_t mean_rows;        // never 0
+  float range;              // largest code magnitude
+  bool rotate = false;      // codes, of rotated_channels(x.channels()) channels, are those of the rotated rows
+  bool takes_mean = false;  // the mean of x is written first; else it is read, or absent
 };
 
 enum class Kernel : int32_t {  // as in sage.h

@@ -27,7 +27,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a struct or a function below changes in a way an older caller would misread. */
-#define SAGE_ABI_VERSION 2u
+#define SAGE_ABI_VERSION 3u
 
 typedef int32_t sage_status;
 enum {
@@ -156,10 +156,12 @@ typedef struct sage_quantize_call {
   uint32_t group_rows; /* 0: the default; ignored per token and per channel */
   uint32_t mean_rows;  /* rows that share one row of mean; 0: all */
   float range;         /* e4m3: the code value that the largest magnitude maps to; 0: 448 */
-  sage_tensor x;       /* [B, H, N, D] f32, f16 or bf16 */
-  sage_tensor mean;    /* optional: [B, H, 1 or ceil(N / mean_rows), D] f32, subtracted first */
-  sage_tensor codes;   /* [B, H, N, D] i8, i4 or e4m3 */
-  sage_tensor scales;  /* f32: [B, H, groups, 1], or per channel [B, H, 1, D] */
+  int32_t takes_mean;  /* 1: sage_quantize takes the mean of x, as sage_smooth does, and writes it; 0: mean is read */
+  uint32_t reserved;
+  sage_tensor x;      /* [B, H, N, D] f32, f16 or bf16 */
+  sage_tensor mean;   /* optional where it is read: [B, H, 1 or ceil(N / mean_rows), D] f32, subtracted first */
+  sage_tensor codes;  /* [B, H, N, D] i8, i4 or e4m3 */
+  sage_tensor scales; /* f32: [B, H, groups, 1], or per channel [B, H, 1, D] */
 } sage_quantize_call;
 
 typedef struct sage_attention_options {

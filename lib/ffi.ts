@@ -118,7 +118,7 @@ function dlopen<S extends Deno.ForeignLibraryInterface>(
 // ---- constants ----------------------------------------------------------------------------------------
 
 /** SAGE_ABI_VERSION */
-export const abiVersion = 2;
+export const abiVersion = 3;
 
 /** The device number of the CPU. */
 export const cpuDevice = -1;
@@ -244,11 +244,12 @@ export const quantizeStruct = {
   groupRows: 20,
   meanRows: 24,
   range: 28,
-  x: 32,
-  mean: 112,
-  codes: 192,
-  scales: 272,
-  size: 352,
+  takesMean: 32,
+  x: 40,
+  mean: 120,
+  codes: 200,
+  scales: 280,
+  size: 360,
 } as const;
 
 /** sage_attention_options */

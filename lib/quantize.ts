@@ -26,7 +26,7 @@ import {
   optionNames,
   writeOptions,
 } from "./options.ts";
-import { enqueueSmooth, type Smoothed } from "./smooth.ts";
+import { emptyMean, type Smoothed } from "./smooth.ts";
 import type { Stream } from "./stream.ts";
 import { interiorOf, type Layout, permute, type Shape, Tensor } from "./tensor.ts";
 
@@ -244,6 +244,7 @@ function enqueue(
   call.setInt(quantizeStruct.groupRows, recipe.groupRows);
   call.setInt(quantizeStruct.meanRows, recipe.meanRows);
   call.setFloat(quantizeStruct.range, recipe.range);
+  call.setInt(quantizeStruct.takesMean, name === "sage_quantize" && mean ? 1 : 0);
   call.setStruct(quantizeStruct.x, bytes);
   call.setStruct(quantizeStruct.codes, interiorOf(action, "codes", codes, stream).bytes);
   call.setStruct(quantizeStruct.scales, interiorOf(action, "scales", scales, stream).bytes);
@@ -294,7 +295,7 @@ export function quantize(x: Tensor, options: QuantizeOptions): QuantizedTensor {
   try {
     const codes = make(shape, recipe.dtype);
     const scales = make(scalesShape(recipe, shape), "f32");
-    const mean = options.smooth ? enqueueSmooth(x, recipe.meanRows, undefined) : undefined;
+    const mean = options.smooth ? emptyMean(x, recipe.meanRows) : undefined;
     if (mean) made.push(mean);
     enqueue("sage_quantize", action, x, codes, scales, mean, recipe);
     return createQuantized(codes, scales, mean, recipe);

@@ -25,27 +25,24 @@ export interface Smoothed<O extends DType = FloatDType> extends Disposable {
 
 const call = new Struct(smoothStruct.size);
 
-/** Enqueues the mean of x, and x − mean where a tensor for it is given. */
-export function enqueueSmooth(
-  x: Tensor,
-  blockRows: number,
-  smoothed: Tensor | undefined,
-): Tensor<"f32"> {
-  const { storage: { stream }, geometry, bytes } = interiorOf(action, "x", x);
-  const [batch, heads, tokens, channels] = geometry.shape;
+/** Room for the means of x, one for every so many rows; 0: one for all. */
+export function emptyMean(x: Tensor, blockRows: number): Tensor<"f32"> {
+  const [batch, heads, tokens, channels] = interiorOf(action, "x", x).geometry.shape;
   const rows = blockRows === 0 ? 1 : Math.ceil(tokens / blockRows);
-  const mean = x.device.empty(permute([batch, heads, rows, channels], x.layout), {
-    layout: x.layout,
-  });
+  return x.device.empty(permute([batch, heads, rows, channels], x.layout), { layout: x.layout });
+}
+
+/** Enqueues x − mean, and the mean that it returns. */
+function enqueue(x: Tensor, blockRows: number, smoothed: Tensor): Tensor<"f32"> {
+  const { storage: { stream }, bytes } = interiorOf(action, "x", x);
+  const mean = emptyMean(x, blockRows);
   try {
     call.reset();
     call.setInt(smoothStruct.blockRows, blockRows);
     call.setHandle(smoothStruct.stream, stream.handle);
     call.setStruct(smoothStruct.x, bytes);
     call.setStruct(smoothStruct.mean, interiorOf(action, "mean", mean).bytes);
-    if (smoothed) {
-      call.setStruct(smoothStruct.smoothed, interiorOf(action, "smoothed", smoothed).bytes);
-    }
+    call.setStruct(smoothStruct.smoothed, interiorOf(action, "smoothed", smoothed).bytes);
     unwrap(stream.native.sage_smooth(call.bytes, errorBytes, errorSize));
     return mean;
   } catch (error) {
@@ -93,7 +90,7 @@ export function smooth(x: Tensor, options: SmoothOptions = {}): Smoothed {
   if (blockRows !== undefined) checkInteger(action, "blockRows", blockRows, 1, 2 ** 32 - 1);
   const smoothed = x.device.empty(x.shape, { dtype: outDtype, layout: x.layout });
   try {
-    const mean = enqueueSmooth(x, blockRows ?? 0, smoothed);
+    const mean = enqueue(x, blockRows ?? 0, smoothed);
     return {
       smoothed,
       mean,

@@ -269,6 +269,12 @@ static void run_parts(int32_t device) {
   quantize.scales = tensor(q_scales, SAGE_F32, device, B, HQ, Q_GROUPS, 1);
   OK(sage_quantize(&quantize, E));
 
+  quantize.takes_mean = 1;
+  REFUSED(sage_quantize(&quantize, E), SAGE_INVALID_ARGUMENT, "Cannot quantize as mean.");
+  quantize.takes_mean = 2;
+  REFUSED(sage_quantize(&quantize, E), SAGE_INVALID_ARGUMENT, "takes_mean must be 0 or 1: current value is 2.");
+  quantize.takes_mean = 0;
+
   quantize.operand = SAGE_OPERAND_KEY;
   quantize.x = whole.k;
   quantize.mean = smooth.mean;

@@ -432,7 +432,8 @@ class Fuzzer {
     call.x = tensor(float_type(), shape, inverse);
     if (random.one_in(2)) {
       const int64_t rows = call.mean_rows ? (shape.n + call.mean_rows - 1) / call.mean_rows : 1;
-      call.mean = tensor(SAGE_F32, {shape.b, shape.h, rows, shape.d}, false);
+      call.takes_mean = !inverse && random.one_in(2);
+      call.mean = tensor(SAGE_F32, {shape.b, shape.h, rows, shape.d}, call.takes_mean != 0);
     }
     call.codes = tensor(codes, shape, !inverse);
     const int64_t count = per_channel ? 1 : groups(call.granularity, call.operand, call.group_rows, shape.n);

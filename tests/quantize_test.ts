@@ -153,6 +153,7 @@ const shapes: [Dims, FloatDType, Layout][] = [
   [[2, 1, 65, 1], "f32", "NHD"],
   [[1, 2, 63, 72], "f16", "NHD"],
   [[1, 1, 130, 256], "bf16", "HND"],
+  [[1, 2, 300, 128], "f16", "NHD"],
 ];
 for (const [operand, granularities] of operands) {
   for (const granularity of granularities) {
@@ -175,15 +176,17 @@ for (const [operand, granularities] of operands) {
 }
 
 deviceTest("quantize() takes any rows of a group", async (device) => {
-  const dims: Dims = [1, 2, 100, 24], values = sample(dims, "f32", 3);
+  const dims: Dims = [1, 2, 140, 24], values = sample(dims, "f32", 3);
   for (const groupRows of [1, 7, 16, 64, 1000]) {
     const recipe = { operand: "key", dtype: "i8", granularity: "block", groupRows } as const;
     await compare(device, values, dims, "f32", "HND", recipe);
   }
   for (const operand of ["query", "key"] as const) {
-    for (const groupRows of [8, 16, 128]) {
-      const recipe = { operand, dtype: "i4", granularity: "thread", groupRows } as const;
-      await compare(device, values, dims, "f32", "NHD", recipe);
+    for (const groupRows of [8, 16, 48, 128, 256]) {
+      for (const smooth of [false, true]) {
+        const recipe = { operand, dtype: "i4", granularity: "thread", groupRows, smooth } as const;
+        await compare(device, values, dims, "f32", "NHD", recipe);
+      }
     }
   }
 });

@@ -220,6 +220,7 @@ class CpuStream final : public Stream {
   void quantize(const QuantizeOp& op) override {
     enqueue_stages([op](StageClock& clock) {
       clock.begin("quantize");
+      if (op.takes_mean) cpu::smooth({op.x, op.mean, {}, op.mean_rows}, cpu::Pool::shared());
       cpu::quantize(op, cpu::Pool::shared());
     });
   }

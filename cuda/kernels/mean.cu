@@ -1,11 +1,9 @@
 // Means over rows, summed in the order that numerics.h fixes, and their subtraction.
-#include "tile.cuh"
+#include "chunk_mean.cuh"
 #include "workspace.h"
 
 namespace sage::cuda {
 namespace {
-
-constexpr int kLaneRows = kChunkRows / kChunkLanes;
 
 struct MeanArguments {
   Tensor x, mean;
@@ -16,17 +14,6 @@ struct MeanArguments {
   Tensor smoothed;  // what is left of x, where a mean has one chunk
 };
 
-// lanes[0] becomes the sum of all, in halves.
-template <class Number, int kLanes>
-__device__ __forceinline__ void fold_halves(Number (&lanes)[kLanes]) {
-#pragma unroll
-  for (int halving = 2; halving <= kLanes; halving *= 2) {
-    const int step = kLanes / halving;
-#pragma unroll
-    for (int i = 0; i < step; i++) lanes[i] += lanes[i + step];
-  }
-}
-
 struct Nothing {};
 
 // A block sums blockDim.z chunks of a head, one lane of a chunk a thread row. The only chunk of a mean becomes the mean
@@ -34,10 +21,9 @@ struct Nothing {};
 template <DType kType, class Out>
 __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
     sum_chunks_kernel(const __grid_constant__ MeanArguments a, Place corner) {
-  const int octets = blockDim.x, width = octets * 8, lane = threadIdx.y, channel = threadIdx.x * 8;
+  const int lane = threadIdx.y, channel = threadIdx.x * 8;
   extern __shared__ float4 shared[];
-  float* const lane_sums = reinterpret_cast<float*>(shared + threadIdx.z * (kChunkLanes + 1) * octets * 2);
-  int* const missing = reinterpret_cast<int*>(lane_sums + kChunkLanes * width);  // [width]
+  ChunkColumns columns(shared + threadIdx.z * (ChunkColumns::bytes(blockDim.x) / sizeof(float4)));
 
   const Place place = place_of_block(corner);
   const int64_t item = place.tile * blockDim.z + threadIdx.z;
@@ -49,78 +35,37 @@ __global__ void __maxnreg__(kType == DType::kF32 ? 128 : 80)
   const char* const from = plane_of(a.x, place.plane);
   Octet<kType> raw[kLaneRows];
   load_rows(raw, a.x, from, row + lane, kChunkLanes, end, channel);
-  float sum[8] = {}, x[8];
-#pragma unroll
-  for (int i = 0; i < kLaneRows; i++) {
-    unpack(raw[i], x);
-#pragma unroll
-    for (int j = 0; j < 8; j++) sum[j] += x[j];
-  }
-  if (lane == 0) {
-#pragma unroll
-    for (int j = 0; j < 8; j++) missing[channel + j] = 0;
-  }
-  __syncthreads();
-
-  // A sum is finite only where all its values are; otherwise they are looked at one by one.
-  bool finite = true;
-#pragma unroll
-  for (int j = 0; j < 8; j++) finite &= is_finite(sum[j]);
-  if (!finite) {
-#pragma unroll
-    for (int j = 0; j < 8; j++) sum[j] = 0.0f;
-#pragma unroll 1
-    for (int i = 0; i < kLaneRows; i++) {
-      Octet<kType> again[1];
-      load_rows(again, a.x, from, row + lane + i * kChunkLanes, 1, end, channel);
-      unpack(again[0], x);
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        if (is_finite(x[j])) {
-          sum[j] += x[j];
-        } else {
-          atomicAdd(&missing[channel + j], 1);
-        }
-      }
-    }
-  }
-  // Low halves of octets, then high ones: neighbouring threads store to neighbouring banks.
-  float4* const quads = reinterpret_cast<float4*>(lane_sums + lane * width);
-  quads[threadIdx.x] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-  quads[octets + threadIdx.x] = make_float4(sum[4], sum[5], sum[6], sum[7]);
-  __syncthreads();
+  columns.sum(raw, [&](int i, float(&x)[8]) {
+    Octet<kType> again[1];
+    load_rows(again, a.x, from, row + lane + i * kChunkLanes, 1, end, channel);
+    unpack(again[0], x);
+  });
 
   constexpr bool kSubtracts = !std::is_same_v<Out, Nothing>;
   const bool exists = item < a.means * a.chunks;
   if (!kSubtracts && !exists) return;
   const int64_t plane = place.plane.batch * a.heads + place.plane.head;
   const int64_t partial = (plane * a.means * a.chunks + item) * a.x.channels;
-  for (int at = lane * octets + threadIdx.x; at < width; at += octets * kChunkLanes) {
-    const int c = at % (width / 2) / 4 * 8 + at / (width / 2) * 4 + at % 4;
-    if (!exists || c >= a.x.channels) continue;
-    float lanes[kChunkLanes];
-#pragma unroll
-    for (int i = 0; i < kChunkLanes; i++) lanes[i] = lane_sums[i * width + at];
-    fold_halves(lanes);
-    const int count = rows - missing[c];
+  columns.fold([&](int c, float sum, int missing) {
+    const int count = rows - missing;
+    const float value = mean_of(sum, count);
+    if (!exists || c >= a.x.channels) return value;
     if (kSubtracts || a.chunks == 1) {
-      const float value = mean_of(lanes[0], count);
       float_at(a.mean, plane_of(a.mean, place.plane), mean, c) = value;
-      if (kSubtracts) lane_sums[at] = value;  // nobody else reads this column
     } else {
-      a.sums[partial + c] = lanes[0];
+      a.sums[partial + c] = sum;
       a.counts[partial + c] = static_cast<uint8_t>(count);
     }
-  }
+    return value;
+  });
   if constexpr (kSubtracts) {
-    __syncthreads();
-    const float4 low = reinterpret_cast<const float4*>(lane_sums)[threadIdx.x];
-    const float4 high = reinterpret_cast<const float4*>(lane_sums)[octets + threadIdx.x];
-    const float value[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    float value[8];
+    columns.read(value);
     char* to = row_of(a.smoothed, plane_of(a.smoothed, place.plane), row + lane);
 #pragma unroll
     for (int i = 0; i < kLaneRows; i++, to += kChunkLanes * a.smoothed.token_stride) {
       if (lane + i * kChunkLanes >= rows) break;
+      float x[8];
       unpack(raw[i], x);
 #pragma unroll
       for (int j = 0; j < 8; j++) x[j] -= value[j];
@@ -244,7 +189,7 @@ void launch_smooth(const View& x, const View& mean, int64_t block_rows, const Vi
 
   dim3 block(block_of(x.channels()).x, kChunkLanes);
   while (block.x * block.y * block.z < 256) block.z *= 2;
-  const size_t shared = block.z * (kChunkLanes + 1) * block.x * 8 * sizeof(float);
+  const size_t shared = block.z * ChunkColumns::bytes(block.x);
   const auto sum = [&](auto in, auto out) {
     launch_grid(x, tiles_of(chunks, block.z), [&](dim3 grid, Place corner) {
       sum_chunks_kernel<decltype(in)::value, decltype(out)><<<grid, block, shared, stream>>>(a, corner);

@@ -2,6 +2,7 @@
 // and writes scales and codes.
 #include <algorithm>
 
+#include "chunk_mean.cuh"
 #include "encode.cuh"
 #include "quantize_channels.h"
 #include "workspace.h"
@@ -143,12 +144,46 @@ __device__ __forceinline__ float fold_rows(float (&largest)[kRows], int& row) {
   return largest[0];
 }
 
+// The mean of a span that is a chunk, which is written where SharedMean would read it.
+class SpanMean {
+ public:
+  __device__ __forceinline__ SpanMean(const Means& means, Plane plane, int64_t base, int)
+      : tensor_(&means.tensor), plane_(plane), index_(base / kChunkRows) {}
+
+  // Of `rows` rows of the block: what a thread holds of them, and how it reads one again.
+  template <DType kType, class Again>
+  __device__ __forceinline__ void take(void* shared, const Octet<kType> (&held)[kLaneRows], int rows, Again again) {
+    ChunkColumns columns(shared);
+    columns.sum(held, again);
+    columns.fold([&](int channel, float sum, int missing) {
+      const float value = mean_of(sum, rows - missing);
+      if (channel < tensor_->channels) float_at(*tensor_, plane_of(*tensor_, plane_), index_, channel) = value;
+      return value;
+    });
+    columns.read(value_);
+  }
+  __device__ __forceinline__ float operator[](int j) const { return value_[j]; }
+
+ private:
+  const Tensor* tensor_;
+  Plane plane_;
+  int64_t index_;
+  float value_[8];
+};
+
+// Whether a mean is subtracted, and where it comes from: a tensor, or the span itself, which then is a chunk.
+enum class MeanOf { kNothing, kTensor, kSpan };
+
 // Octets are vectors and codes have the rows of x. Blocks run from the last rows to the first: their mean was taken in
 // the other direction. Rows are read again only where a value is not finite.
-template <DType kType, DType kCode, bool kMean, bool kRotate>
+template <DType kType, DType kCode, MeanOf kMean, bool kRotate>
 __global__ void __maxnreg__(kRotate || kType == DType::kF32 ? 128 : 80)
     quantize_span_kernel(const __grid_constant__ GroupArguments a, Place corner) {
-  extern __shared__ uint32_t shared[];  // a Span and the inverse scales of rows, as many as a block can hold
+  // Columns of the mean, a Span, and the inverse scales of rows, as many as a block can hold.
+  extern __shared__ float4 memory[];
+  constexpr bool kTakesMean = kMean == MeanOf::kSpan;
+  uint32_t* const shared =
+      reinterpret_cast<uint32_t*>(memory) + (kTakesMean ? ChunkColumns::bytes(blockDim.x) / sizeof(uint32_t) : 0);
   const int lane = threadIdx.y, step = blockDim.y, octets = blockDim.x, channel = threadIdx.x * 8;
   const Place place = place_from_the_end(corner);
   const int64_t first_row = place.tile * a.span_rows;
@@ -158,10 +193,17 @@ __global__ void __maxnreg__(kRotate || kType == DType::kF32 ? 128 : 80)
 
   Octet<kType> loaded[kRows];
   load_vectors(loaded, a.x, from, rows - lane, step, channel);
-  const SharedMean mean(a.means, place.plane, first_row, channel);
+  std::conditional_t<kTakesMean, SpanMean, SharedMean> mean(a.means, place.plane, first_row, channel);
+  if constexpr (kTakesMean) {
+    mean.take(memory, loaded, rows, [&](int i, float(&x)[8]) {
+      Octet<kType> octet[1];
+      load_vectors(octet, a.x, from + i * step * a.x.token_stride, i * step < rows - lane ? 1 : 0, 1, channel);
+      unpack(octet[0], x);
+    });
+  }
   const auto center = [&](const Octet<kType>& octet, float(&x)[8]) {
     unpack(octet, x);
-    if constexpr (kMean) {
+    if constexpr (kMean != MeanOf::kNothing) {
 #pragma unroll
       for (int j = 0; j < 8; j++) x[j] -= mean[j];
     }
@@ -195,7 +237,7 @@ __global__ void __maxnreg__(kRotate || kType == DType::kF32 ? 128 : 80)
   float largest[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; i++) {
-    if constexpr (kMean || kRotate) {
+    if constexpr (kMean != MeanOf::kNothing || kRotate) {
       float x[8];
       value(raw[i], x);
       largest[i] = magnitude(magnitude(magnitude(x[0], x[1]), magnitude(x[2], x[3])),
@@ -338,13 +380,18 @@ __global__ void __maxnreg__(64) quantize_any_kernel(const __grid_constant__ Grou
 
 // ---- both -------------------------------------------------------------------------------------------------------
 
-void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStream_t stream) {
+void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, void* scratch, cudaStream_t stream) {
   if (op.rotate && op.codes.dtype != DType::kI8) SAGE_FAIL(SAGE_INTERNAL, "Cannot rotate rows but for codes of a byte");
   const Groups groups = make_groups(op.grouping, op.group_rows);
   dim3 block = block_of(op.codes.channels());
   const int64_t run_rows = groups.runs.rows;
-  if (op.mean.tokens() > 1) {  // no more rows than share a mean, but still whole groups
-    while (kRows * block.y > op.mean_rows && kRows * block.y / 2 >= std::max<int64_t>(run_rows, 32)) block.y /= 2;
+  const bool chunks = op.takes_mean && op.mean_rows == kChunkRows && kChunkRows % run_rows == 0;
+  if (chunks) {  // a block a mean
+    block.y = kChunkLanes;
+  } else {  // no more rows than share a mean, nor more threads than a multiprocessor likes, but still whole groups
+    const int64_t most_rows = op.mean.tokens() > 1 ? op.mean_rows : op.x.tokens();
+    const auto may_halve = [&] { return kRows * block.y / 2 >= std::max<int64_t>(run_rows, 32); };
+    while ((kRows * block.y > most_rows || block.x * block.y > 256) && may_halve()) block.y /= 2;
   }
   const int64_t tile_rows = kRows * block.y;
   const int64_t runs = run_rows < tile_rows ? tile_rows / run_rows : 1;
@@ -374,17 +421,26 @@ void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStre
   const bool one_mean = a.means.tensor.vectors && (op.mean.tokens() == 1 || op.mean_rows % a.span_rows == 0);
   const bool common =
       holds_span && a.x.vectors && a.codes.vectors && op.codes.tokens() == op.x.tokens() && (!op.mean || one_mean);
+  const bool spans_are_chunks = common && chunks && op.codes.dtype != DType::kE4M3 && !op.rotate;
+  if (op.takes_mean && !spans_are_chunks) launch_mean(op.x, op.mean, op.mean_rows, scratch, stream);
   const auto launch = [&](auto type, auto code, auto rotate) {
     constexpr DType kType = decltype(type)::value, kCode = decltype(code)::value;
     constexpr bool kRotate = decltype(rotate)::value;
     launch_grid(op.codes, tiles_of(op.codes.tokens(), a.span_rows), [&](dim3 grid, Place corner) {
       const size_t held = shared + tile_rows * sizeof(float);
+      if constexpr (kCode != DType::kE4M3 && !kRotate) {
+        if (spans_are_chunks) {
+          const size_t all = ChunkColumns::bytes(block.x) + held;
+          quantize_span_kernel<kType, kCode, MeanOf::kSpan, false><<<grid, block, all, stream>>>(a, corner);
+          return;
+        }
+      }
       if (!common)
         quantize_any_kernel<kType, kCode, kRotate><<<grid, block, shared, stream>>>(a, corner);
       else if (op.mean || kRotate)  // what is absent counts as zeros
-        quantize_span_kernel<kType, kCode, true, kRotate><<<grid, block, held, stream>>>(a, corner);
+        quantize_span_kernel<kType, kCode, MeanOf::kTensor, kRotate><<<grid, block, held, stream>>>(a, corner);
       else
-        quantize_span_kernel<kType, kCode, false, false><<<grid, block, held, stream>>>(a, corner);
+        quantize_span_kernel<kType, kCode, MeanOf::kNothing, false><<<grid, block, held, stream>>>(a, corner);
     });
   };
   for_float_type(op.x.dtype, [&](auto type) {
@@ -396,12 +452,15 @@ void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, cudaStre
 }  // namespace
 
 size_t quantize_scratch_bytes(const QuantizeOp& op) {
-  return op.per_channel ? column_scratch_bytes(op.x.batch() * op.x.heads(), op.x.channels()) : 0;
+  const size_t mean = op.takes_mean ? mean_scratch_bytes(op.x, op.mean_rows) : 0;
+  const size_t columns = op.per_channel ? column_scratch_bytes(op.x.batch() * op.x.heads(), op.x.channels()) : 0;
+  return std::max(mean, columns);
 }
 
 void launch_quantize(const QuantizeOp& op, uint32_t* not_finite, void* scratch, cudaStream_t stream) {
-  if (op.per_channel) return launch_quantize_channels(op, static_cast<uint32_t*>(scratch), stream);
-  launch_quantize_groups(op, not_finite, stream);
+  if (!op.per_channel) return launch_quantize_groups(op, not_finite, scratch, stream);
+  if (op.takes_mean) launch_mean(op.x, op.mean, op.mean_rows, scratch, stream);
+  launch_quantize_channels(op, static_cast<uint32_t*>(scratch), stream);
 }
 
 }  // namespace sage::cuda

@@ -443,12 +443,13 @@ class CudaStream final : public Stream {
   }
 
   // Codes of rows as the attention kernel takes them.
-  void quantize_rows(const View& x, const View& mean, int64_t mean_rows, Grouping grouping, int64_t group_rows,
-                     const View& codes, const View& scales, const Plan& plan, uint32_t* not_finite,
+  void quantize_rows(const View& x, const View& mean, bool takes_mean, int64_t mean_rows, Grouping grouping,
+                     int64_t group_rows, const View& codes, const View& scales, const Plan& plan, uint32_t* not_finite,
                      cudaStream_t stream) {
     QuantizeOp op{};
     op.x = x;
     op.mean = mean;
+    op.takes_mean = takes_mean;
     op.codes = codes;
     op.scales = scales;
     op.grouping = grouping;
@@ -513,11 +514,8 @@ class CudaStream final : public Stream {
     const int64_t batch = op.q.batch(), q_heads = op.q.heads(), k_heads = op.k.heads();
     const int64_t nq = op.q.tokens(), nk = op.k.tokens(), d = op.q.channels(), dv = op.v.channels();
     View q_mean, k_mean, v_mean;
-    if (plan.smooth_q || plan.smooth_k || plan.smooth_v) stages.begin("mean");
-    if (plan.smooth_q) {
-      q_mean = dense(lane.at(layout.q_mean), DType::kF32, batch, q_heads, layout.q_means, d);
-      launch_mean(op.q, q_mean, kQueryMeanRows, nullptr, lane.stream);
-    }
+    if (plan.smooth_k || plan.smooth_v) stages.begin("mean");
+    if (plan.smooth_q) q_mean = dense(lane.at(layout.q_mean), DType::kF32, batch, q_heads, layout.q_means, d);
     if (plan.smooth_k) {
       k_mean = dense(lane.at(layout.k_mean), DType::kF32, batch, k_heads, layout.k_means, d);
       launch_mean(op.k, k_mean, plan.k_mean_rows, lane.at(layout.scratch), lane.stream);
@@ -540,10 +538,10 @@ class CudaStream final : public Stream {
     run.q_not_finite = lane.words_at(layout.q_not_finite);
     run.k_not_finite = lane.words_at(layout.k_not_finite);
     stages.begin("quantize");
-    quantize_rows(op.q, q_mean, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, q_codes, run.q_scales, plan,
-                  lane.words_at(layout.q_not_finite), lane.stream);
-    quantize_rows(op.k, k_mean, plan.k_mean_rows, plan.k_grouping, plan.k_group_rows, k_codes, run.k_scales, plan,
-                  lane.words_at(layout.k_not_finite), lane.stream);
+    quantize_rows(op.q, q_mean, plan.smooth_q, kQueryMeanRows, plan.q_grouping, plan.q_group_rows, q_codes,
+                  run.q_scales, plan, lane.words_at(layout.q_not_finite), lane.stream);
+    quantize_rows(op.k, k_mean, false, plan.k_mean_rows, plan.k_grouping, plan.k_group_rows, k_codes, run.k_scales,
+                  plan, lane.words_at(layout.k_not_finite), lane.stream);
 
     const ProductOperand keys_less_mean{op.k, {}, Grouping::kToken, 1, k_mean, plan.k_mean_rows, false};
     const bool tile_means = has_tile_means(plan, nk);
