@@ -65,13 +65,14 @@ export {
 export { type BuildInfo, buildInfo } from "./lib/library.ts";
 export { alibiSlopes, type MaskOptions, type MaskTensors } from "./lib/masks.ts";
 export { cosine, relativeL1, rmse } from "./lib/metrics.ts";
-export type {
-  AttentionOptions,
-  AttentionQuantizedOptions,
-  FlashAttentionOptions,
-  Granularity,
-  Kernel,
-  LseOption,
+export {
+  type AttentionOptions,
+  type AttentionQuantizedOptions,
+  type FlashAttentionOptions,
+  type Granularity,
+  type Kernel,
+  kernels,
+  type LseOption,
 } from "./lib/options.ts";
 export {
   type LayerShape,

@@ -5,7 +5,7 @@ import {
   cosine,
   Device,
   explain,
-  type Kernel,
+  kernels,
   parseSafetensors,
   relativeL1,
   rmse,
@@ -17,15 +17,6 @@ import { type Panel, picture } from "./demo/picture.ts";
 import { type Problem, reference } from "./demo/reference.ts";
 
 const root = new URL("../", import.meta.url);
-const kernels: Exclude<Kernel, "auto">[] = [
-  "flash",
-  "sage1",
-  "sage1-int8",
-  "sage2",
-  "sage2-int4",
-  "sage2++",
-  "sage-int8",
-];
 const sets = [
   { file: "tinyllama-layer00", title: "TinyLlama layer 0, causal", causal: true },
   { file: "tinyllama-layer06", title: "TinyLlama layer 6, causal", causal: true },

@@ -163,8 +163,19 @@ export const optionNames = {
   attention: attentionNames,
 } as const;
 
-/** Every kernel. */
-export const kernels = Object.keys(kernelNumbers) as readonly Kernel[];
+/**
+ * Every kernel but `"auto"`. Not each of them runs on every device with all options: {@linkcode explain} tells.
+ *
+ * @example
+ * ```ts
+ * import { kernels } from "@sage/attention";
+ *
+ * console.log(kernels.join(", ")); // flash, sage1, sage1-int8, sage2, sage2-int4, sage2++, sage-int8
+ * ```
+ */
+export const kernels: readonly Exclude<Kernel, "auto">[] = Object.freeze(
+  (Object.keys(kernelNumbers) as Kernel[]).filter((kernel) => kernel !== "auto"),
+);
 const accumulators = Object.keys(accumulatorNumbers) as readonly ("f32" | "f16")[];
 const exponentials = Object.keys(exponentialNumbers) as readonly ("exact" | "fast")[];
 const ranges: readonly (448 | 224 | 112)[] = [448, 224, 112];
@@ -185,7 +196,7 @@ export function checkAttentionOptions(
   checkBoolean(action, "smoothV", options.smoothV);
   checkBeyond(action, options);
   const { kernel = "auto", scale, granularity, pvAccumulator, pvRange, exponential } = options;
-  checkOneOf(action, "kernel", kernel, kernels);
+  checkOneOf<Kernel>(action, "kernel", kernel, ["auto", ...kernels]);
   // The library computes in single precision, where this must not become 0 or infinite.
   if (scale !== undefined) {
     checkPositive(action, "scale", scale, 3e38);

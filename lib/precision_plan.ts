@@ -260,7 +260,7 @@ function readLayer(reader: Reader): LayerShape {
 function readRung(reader: Reader): PrecisionRung {
   reader.object(["name", "recipe"]);
   const inside = reader.at("recipe").object(recipeNames);
-  inside.at("kernel").oneOf(kernels.filter((kernel) => kernel !== "auto"));
+  inside.at("kernel").oneOf(kernels);
   const recipe = { ...inside.value as Recipe };
   checkRecipe(`read ${inside.path} of a precision plan`, recipe);
   const name = reader.at("name").text();

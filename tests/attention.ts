@@ -6,16 +6,18 @@ import {
   type Device,
   explain,
   type FloatDType,
+  type Kernel,
+  kernels,
   type Layout,
   relativeL1,
   rmse,
   type Tensor,
 } from "../mod.ts";
-import { download, kernels, type Lengths, poisoned, runs, uploadProblem } from "./devices.ts";
+import { download, type Lengths, poisoned, runs, uploadProblem } from "./devices.ts";
 import { normal, type Problem, referenceAttention } from "./reference.ts";
 
 /** Every kernel but auto. */
-export type TestKernel = (typeof kernels)[number];
+export type TestKernel = Exclude<Kernel, "auto">;
 
 /** What comes back from a device. */
 export type Values = Float32Array<ArrayBuffer>;

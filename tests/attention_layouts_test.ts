@@ -1,16 +1,8 @@
 // Layouts and views: attention reads and writes any strides, and nothing beside them.
 import { assertEquals, assertLess } from "@std/assert";
-import { attention, relativeL1 } from "../mod.ts";
+import { attention, kernels, relativeL1 } from "../mod.ts";
 import { bits, exactly, type FloatProblem, meanBounds, rounding, run } from "./attention.ts";
-import {
-  deviceTest,
-  download,
-  kernels,
-  poisoned,
-  randomProblem,
-  runs,
-  uploadProblem,
-} from "./devices.ts";
+import { deviceTest, download, poisoned, randomProblem, runs, uploadProblem } from "./devices.ts";
 import { count, type Dims, referenceAttention } from "./reference.ts";
 
 deviceTest("attention() reads and writes views of any strides", async (device) => {

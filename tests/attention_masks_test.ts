@@ -10,6 +10,7 @@ import {
   flashAttention,
   type FloatDType,
   fromFloat32,
+  kernels,
   type Layout,
   type MaskOptions,
   type MaskTensors,
@@ -33,7 +34,6 @@ import {
 import {
   deviceTest,
   download,
-  kernels,
   type Lengths,
   poisoned,
   randomProblem,

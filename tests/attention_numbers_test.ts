@@ -1,6 +1,6 @@
 // Bad and extreme numbers: NaN and infinities reach only who sees them; zeros, constants and the largest are borne.
 import { assert, assertAlmostEquals, assertEquals } from "@std/assert";
-import { attention, type FloatDType, fromFloat32, relativeL1, toFloat32 } from "../mod.ts";
+import { attention, type FloatDType, fromFloat32, kernels, relativeL1, toFloat32 } from "../mod.ts";
 import {
   bits,
   dtypes,
@@ -14,15 +14,7 @@ import {
   worstBounds,
   worstRow,
 } from "./attention.ts";
-import {
-  deviceTest,
-  download,
-  kernels,
-  poisoned,
-  randomProblem,
-  runs,
-  uploadProblem,
-} from "./devices.ts";
+import { deviceTest, download, poisoned, randomProblem, runs, uploadProblem } from "./devices.ts";
 import { referenceAttention } from "./reference.ts";
 
 // ---- NaN and infinities -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import {
   type FlashAttentionOptions,
   type FloatDType,
   fromFloat32,
+  kernels,
   relativeL1,
   toFloat32,
 } from "../mod.ts";
@@ -25,7 +26,6 @@ import {
 import {
   deviceTest,
   download,
-  kernels,
   type Lengths,
   randomProblem,
   runs,

@@ -5,6 +5,7 @@ import {
   attentionQuantized,
   fromFloat32,
   type Kernel,
+  kernels,
   quantize,
   relativeL1,
   smooth,
@@ -29,7 +30,7 @@ import {
   worstDifference,
   worstRow,
 } from "./attention.ts";
-import { deviceTest, download, kernels, randomProblem, runs, uploadProblem } from "./devices.ts";
+import { deviceTest, download, randomProblem, runs, uploadProblem } from "./devices.ts";
 import { referenceAttention } from "./reference.ts";
 
 deviceTest("attentionQuantized() agrees with the definition", async (device) => {

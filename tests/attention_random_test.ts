@@ -4,6 +4,7 @@ import {
   type AttentionOptions,
   Device,
   flashAttention,
+  kernels,
   type LseOption,
   relativeL1,
 } from "../mod.ts";
@@ -21,7 +22,6 @@ import {
   deviceNames,
   deviceTest,
   download,
-  kernels,
   randomProblem,
   runs,
   uploadProblem,

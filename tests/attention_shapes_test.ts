@@ -1,7 +1,7 @@
 // Attention of every shape against the float64 definition: two lists, each under its own bounds, and what no rounding
 // hides.
 import { assert, assertAlmostEquals, assertEquals, assertLess } from "@std/assert";
-import { attention, cosine, type FloatDType, type Layout, relativeL1 } from "../mod.ts";
+import { attention, cosine, type FloatDType, kernels, type Layout, relativeL1 } from "../mod.ts";
 import {
   bits,
   check,
@@ -17,7 +17,6 @@ import {
 import {
   deviceTest,
   download,
-  kernels,
   type Lengths,
   poisoned,
   randomProblem,

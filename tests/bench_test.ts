@@ -31,8 +31,8 @@ import { digest } from "../bench/report_pictures.ts";
 import { deviation, modelled, otherSizes } from "../bench/report_scaling.ts";
 import { portableTable, squareRows } from "../bench/report_tables.ts";
 import { attentionRows } from "../bench/rows.ts";
-import { Device } from "../mod.ts";
-import { deviceTest, kernels } from "./devices.ts";
+import { Device, kernels } from "../mod.ts";
+import { deviceTest } from "./devices.ts";
 
 const root = fromFileUrl(new URL("..", import.meta.url));
 const records = await readRecords();

@@ -3,8 +3,8 @@ import { assert, assertAlmostEquals, assertEquals, assertStringIncludes } from "
 import { join } from "@std/path";
 import { picture } from "../examples/demo/picture.ts";
 import { reference } from "../examples/demo/reference.ts";
-import { Device } from "../mod.ts";
-import { kernels } from "./devices.ts";
+import { Device, kernels } from "../mod.ts";
+
 import { runExample } from "./programs.ts";
 
 Deno.test("reference() is attention, worked out by hand", () => {
@@ -26,7 +26,7 @@ Deno.test("reference() gives rows without keys zeros, and heads their own keys",
 });
 
 Deno.test("picture() draws and names every mark, within its frame", () => {
-  const three = ["flash", "sage1", "sage2"];
+  const three = ["flash", "sage1", "sage2"] as const;
   const panel = (title: string) => ({
     title,
     marks: three.flatMap((kernel, i) => [

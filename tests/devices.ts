@@ -7,7 +7,6 @@ import {
   explain,
   type FloatDType,
   fromFloat32,
-  type Kernel,
   type Layout,
   type Tensor,
   toFloat32,
@@ -24,17 +23,6 @@ export const deviceNames = Device.list().map(({ device }) => device).slice(0, 2)
 /** The library under test. */
 export const libraryPath = Deno.env.get("DENO_SAGE_PATH") ??
   decodeURIComponent(new URL("../dist/libsage.so", import.meta.url).pathname);
-
-/** Every kernel but auto. */
-export const kernels: readonly Exclude<Kernel, "auto">[] = [
-  "flash",
-  "sage1",
-  "sage1-int8",
-  "sage2",
-  "sage2-int4",
-  "sage2++",
-  "sage-int8",
-];
 
 /** One test for each device; it fails where the body leaves an allocation or a stream behind. */
 export function deviceTest(

@@ -6,11 +6,12 @@ import {
   Device,
   explain,
   flashAttention,
+  kernels,
   NoDeviceError,
   quantize,
   smooth,
 } from "../mod.ts";
-import { kernels } from "./devices.ts";
+
 import {
   type Case,
   type ErrorClass,

@@ -6,19 +6,12 @@ import {
   type AttentionOptions,
   attentionVarlen,
   type FloatDType,
+  kernels,
   type Layout,
   UnsupportedError,
 } from "../mod.ts";
 import { bits, exactly, type Tensors, within, worstDifference } from "./attention.ts";
-import {
-  deviceTest,
-  download,
-  kernels,
-  poisoned,
-  randomProblem,
-  runs,
-  uploadProblem,
-} from "./devices.ts";
+import { deviceTest, download, poisoned, randomProblem, runs, uploadProblem } from "./devices.ts";
 import { type Case, length, type Loose, refuses } from "./refusals.ts";
 import { normal, referenceAttention } from "./reference.ts";
 

@@ -1,9 +1,10 @@
 // The demo's picture: error against time, one panel for each set of tensors, one mark for each kernel.
+import { type Kernel, kernels } from "../../mod.ts";
 import { escape, svgDocument } from "../../lib/svg.ts";
 
 /** One kernel on one device. */
 export interface Mark {
-  kernel: string;
+  kernel: Exclude<Kernel, "auto">;
   device: string;
   milliseconds: number;
   relativeL1: number;
@@ -15,7 +16,6 @@ export interface Panel {
   marks: Mark[];
 }
 
-const kernels = ["flash", "sage1", "sage1-int8", "sage2", "sage2-int4", "sage2++", "sage-int8"];
 const panelWidth = 470, panelHeight = 300;
 const margin = { left: 58, right: 16, top: 34, bottom: 40 };
 const head = 78, gap = 14;
@@ -127,7 +127,7 @@ function drawPanel({ title, marks }: Panel): string {
     ...mark,
     left: x.at(mark.milliseconds),
     top: y.at(mark.relativeL1),
-    kind: `k${Math.max(0, kernels.indexOf(mark.kernel))}`,
+    kind: `k${kernels.indexOf(mark.kernel)}`,
   }));
   const taken: Box[] = points.map(({ left, top }) => ({
     x: left - 6,
