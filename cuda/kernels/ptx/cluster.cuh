@@ -23,4 +23,13 @@ __device__ __forceinline__ float4 load_cluster(uint32_t address, uint32_t rank) 
   return value;
 }
 
+__device__ __forceinline__ float load_cluster_number(uint32_t address, uint32_t rank) {
+  float value;
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there]; }"
+               : "=f"(value)
+               : "r"(address), "r"(rank)
+               : "memory");
+  return value;
+}
+
 }  // namespace sage::cuda::ptx

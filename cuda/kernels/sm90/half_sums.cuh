@@ -43,13 +43,12 @@ template <class C>
 struct Crowd {
   float bound = 0.0f;
   static constexpr int kLongest = 8192 / C::kBlockN;
-  static constexpr float kLargestCode = half_value_range(C::kBlockN);
-  static constexpr float kLargestTile = C::kLargestWeight * half_value_sum(C::kBlockN) * (C::kBlockN / 64);
+  static constexpr float kLargestTile = C::kLargestWeight * half_value_sum(C::kBlockN);
   static constexpr float kRoom = 65504.0f * 0.99f - kLargestTile;  // rounding takes less than a hundredth
   static_assert(!C::kHalfSums || kRoom > 4096.0f, "tiles would leave the accumulator one by one");
 
   __device__ __forceinline__ void add(float first_sum, float second_sum) {
-    bound = fmaf(fmaxf(first_sum, second_sum), kLargestCode, bound);
+    bound = fmaf(fmaxf(first_sum, second_sum), kHalfValueRange, bound);
   }
 
   // Whether the sums must leave; a warp agrees.

@@ -43,6 +43,7 @@ struct Config {
   static constexpr int kPanel = panel_width(kHeadDim);
   static constexpr int kVWidth = kTokens % 128 == 0 ? 128 : 64;
   static constexpr int kWords = kTokens / 32;
+  static constexpr bool kHasHalfSums = kTokens != 192;  // sage2++ has no such tiles
   static constexpr int kThreadsOfMultiprocessor = kType == DType::kF32 ? 256 : 512;
   static constexpr int kBlocks = kThreadsOfMultiprocessor / kThreads;
   static constexpr int kWholeBlocks = kBlocks < 4 ? kBlocks : 4;  // five would not leave it enough registers
@@ -76,9 +77,12 @@ __device__ __forceinline__ void load_one(float (&x)[8], const Tensor& tensor, co
 
 template <DType kType>
 __device__ __forceinline__ float element(const Octet<kType>& octet, int j) {
-  float x[8];
-  unpack(octet, x);
-  return x[j];
+  const uint32_t word = octet.word[j * kBits<kType> / 32];
+  if constexpr (kType == DType::kF32) return float_of(word);
+  if constexpr (kType == DType::kBF16) return float_of(j % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  float low = 0.0f, high = 0.0f;
+  if constexpr (kType == DType::kF16) unpack_f16(word, low, high);
+  return j % 2 == 0 ? low : high;
 }
 
 // What is unpacked before this is unpacked again after it, and does not stay in registers.
@@ -116,6 +120,7 @@ template <class C>
 struct PlaneSummary {
   Summary of_set[C::kSets][C::kHeadDim], of_block[C::kHeadDim];  // channel 8i + j is at j * kOctets + i
   float pivot[C::kHeadDim], mean[C::kHeadDim], inverse[C::kHeadDim];
+  float magnitudes[C::kHeadDim];  // sums of those of the block's codes
 };
 
 // One for keys and values: a block has one of them.
@@ -136,8 +141,15 @@ __device__ __forceinline__ void leave_cluster(const PackArguments& a) {
   if (a.kv_tiles > 1) ptx::cluster_wait();
 }
 
+// The channel that a thread sums up for its block.
+template <class C>
+__device__ __forceinline__ int channel_of_slot(int slot) {
+  return slot % C::kOctets * 8 + slot / C::kOctets;
+}
+
 // Takes means and, of values, scales of a plane's channels, and hands every thread those of its own. Octet i of a
-// thread is raw_of(i), row row_of(i), if exists(i). Blocks must end with leave_cluster().
+// thread is raw_of(i), row row_of(i), if exists(i). Blocks must end with leave_cluster();
+// where sums are bounded, those of values with bound_sums() before it.
 template <class C, bool kValues, class RawOf, class RowOf, class Exists>
 __device__ __forceinline__ void summarize_plane(const PackArguments& a, unsigned plane, unsigned tile, int set,
                                                 int channel, RawOf raw_of, RowOf row_of, Exists exists,
@@ -190,7 +202,7 @@ __device__ __forceinline__ void summarize_plane(const PackArguments& a, unsigned
   }
   __syncthreads();
 
-  const int slot = threadIdx.x, c = slot % C::kOctets * 8 + slot / C::kOctets;
+  const int slot = threadIdx.x, c = channel_of_slot<C>(slot);
   if (slot < C::kHeadDim) {
     Summary all = shared.of_set[0][slot];
 #pragma unroll
@@ -228,7 +240,7 @@ __device__ __forceinline__ void summarize_plane(const PackArguments& a, unsigned
       if (tile == 0 && smooth) a.packed.k_mean[int64_t{plane} * tensor.channels + c] = of_channel;
     }
   }
-  if (a.kv_tiles > 1) ptx::cluster_arrive();
+  if (a.kv_tiles > 1 && !(kValues && a.codes.bounds_sums())) ptx::cluster_arrive();
   any_missing = __syncthreads_or(any_missing);
   if (tile == 0 && threadIdx.x == 0) {
     const uint32_t flag = any_missing ? (kValues ? kValueFlag >> 16 : kKeyFlag) : 0;
@@ -441,6 +453,67 @@ __device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
 // Where the scales come from: a sample; for a plane that is packed again, the peaks; or all values of the plane.
 enum class Values { kSampled, kAgain, kWhole };
 
+// Where P·V is summed in FP16, magnitudes of a tile's codes must not add up to more than their bound: scales of a plane
+// that a cluster holds become as large as that takes, and so does `inverse`.
+template <class C>
+__device__ __forceinline__ void bound_sums(const PackArguments& a, unsigned plane, unsigned tile, int set, int channel,
+                                           const Octet<C::kType> (&raw)[kRows], const char* from, int64_t row, int left,
+                                           bool centred, float (&mean)[8], float (&inverse)[8]) {
+  PlaneSummary<C>& shared = shared_summary<C>();
+  Summary* const own = &shared.of_set[set][channel / 8];
+  bool finite = true;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRows; i++) {
+      if (i < left) sum += fabsf(element(raw[i], j) - mean[j]) * inverse[j];
+    }
+    finite &= is_finite(sum);
+    own[j * C::kOctets].sum = sum;
+  }
+  if (!finite) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) own[j * C::kOctets].sum = 0.0f;
+#pragma unroll 1
+    for (int i = 0; i < left; i++) {
+      float x[8];
+      load_one<C::kType>(x, a.v, from, row + i, channel);
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        if (is_finite(x[j])) own[j * C::kOctets].sum += fabsf(clamped(x[j] - mean[j])) * inverse[j];
+      }
+    }
+  }
+  __syncthreads();
+
+  const int slot = threadIdx.x, c = channel_of_slot<C>(slot);
+  float sum = 0.0f;
+  if (slot < C::kHeadDim) {
+#pragma unroll 4
+    for (int i = 0; i < C::kSets; i++) sum += shared.of_set[i][slot].sum;
+    shared.magnitudes[slot] = sum;
+  }
+  if (a.kv_tiles > 1) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    if (slot < C::kHeadDim) {
+      const uint32_t address = ptx::shared_address(&shared.magnitudes[slot]);
+#pragma unroll 1
+      for (unsigned rank = 0; rank < a.kv_tiles; rank++) sum = fmaxf(sum, ptx::load_cluster_number(address, rank));
+    }
+    ptx::cluster_arrive();
+  }
+  if (slot < C::kHeadDim && sum > a.codes.sum) {
+    const float scale = scale_of(sum / a.codes.sum * power_of_inverse(shared.inverse[c]));
+    shared.inverse[c] = inverse_of_power(scale);
+    if (tile == 0) a.packed.v_scales[int64_t{plane} * C::kHeadDim + c] = scale;
+  }
+  __syncthreads();
+  if (centred) load_octet_of(mean, &shared.mean[channel]);  // so that it need not stay in registers until here
+  load_octet_of(inverse, &shared.inverse[channel]);
+}
+
 template <class C, Values kWhich>
 __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned item) {
   constexpr int kOctetsOfWarp = 8, kWarpsOfRow = C::kOctets / kOctetsOfWarp, kChunks = C::kVWidth / 16;
@@ -479,9 +552,17 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
     }
   }
 
-  if (tile == 0 && !a.centre_all) {
+  const bool centred = tile != 0 || a.centre_all;
+  if (!centred) {
 #pragma unroll
     for (int j = 0; j < 8; j++) mean[j] = 0.0f;
+  }
+  if constexpr (C::kHasHalfSums && kWhich == Values::kWhole) {
+    if (a.codes.bounds_sums()) {
+      bound_sums<C>(a, plane, tile, set, channel, raw, from, row, left, centred, mean, inverse);
+#pragma unroll
+      for (int i = 0; i < kRows; i++) forget_unpacked(raw[i]);
+    }
   }
 
   // Tokens that do not exist take the values of the first one, and then code 0.
@@ -513,7 +594,7 @@ __device__ __forceinline__ void pack_values(const PackArguments& a, unsigned ite
     atomicMax(&peaks[int64_t{plane} * C::kHeadDim + channel + j], bits_of(fminf(least, 0x1p127f)));
   };
   float largest = 0.0f;
-  const bool sums = kWhich == Values::kSampled && a.codes.sum != 0.0f;
+  const bool sums = kWhich == Values::kSampled && a.codes.bounds_sums();
   bool out_of_range = false;
 #pragma unroll
   for (int j = 0; j < 8; j++) {
@@ -641,8 +722,9 @@ void launch_pack_of(const Sage2Op& op, CUstream_st* stream) {
   a.factor = op.scale * kLog2e;
   a.range = op.plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
   a.centre_all = op.plan.smooth_v;
-  a.codes = ValueCodes::of(op.plan);
-  if (a.kv_tiles <= kMostTiles) {
+  const bool whole = a.kv_tiles <= kMostTiles;
+  a.codes = ValueCodes::of(op.plan, whole);
+  if (whole) {
     const unsigned q_clusters = (a.q_items + a.kv_tiles - 1) / a.kv_tiles;
     launch_clusters(pack_whole_kernel<C>, a.kv_tiles, 2 * a.kv_items + q_clusters * a.kv_tiles, C::kThreads, 0, stream,
                     a);

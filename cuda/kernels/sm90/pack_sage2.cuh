@@ -68,18 +68,21 @@ struct ValueCodes {
   int log2_rms;     // of their root mean square, as near as scales that are powers of two allow
   float least_rms;  // over the largest magnitude: less would put the latter out of range
   float power;      // the largest power of two in range
-  float sum;        // the largest, of magnitudes of 64 of them; 0: any
+  float sum;        // the largest, of magnitudes before they are rounded, of a tile (in a long context: of 64); 0: any
 
-  __host__ static ValueCodes of(const Plan& plan) {
-    if (plan.kernel == Kernel::kSage2PP) {
-      const bool larger = plan.block_k == 256;
-      return {half_value_range(plan.block_k), larger ? -1 : 0, 0.1575f, larger ? 4.0f : 8.0f,
-              half_value_sum(plan.block_k)};
-    }
-    return {kE4m3Range, 1, 0x1p-7f, 256.0f, 0.0f};
+  __host__ __device__ bool bounds_sums() const { return sum != 0.0f; }
+
+  // `known`: whether sums are known before scales, and no plane has to be packed again.
+  __host__ static ValueCodes of(const Plan& plan, bool known) {
+    if (plan.kernel != Kernel::kSage2PP) return {kE4m3Range, 1, 0x1p-7f, 256.0f, 0.0f};
+    // What sqrt(2) makes of the range, and what rounding to e4m3 may add to a sum.
+    constexpr float kLeast = 1.4175f / kHalfValueRange, kRounding = 1.0625f;
+    const int log2_rms = known ? 1 : plan.block_k == 256 ? -1 : 0;
+    const float sum = half_value_sum(plan.block_k) / kRounding;
+    return {kHalfValueRange, log2_rms, ldexpf(kLeast, log2_rms), 8.0f, known ? sum : sum * 64.0f / plan.block_k};
   }
 };
-static_assert(kValueRms == 2.0f && half_value_range(128) == 9.0f && half_value_range(256) == 4.5f);
+static_assert(kValueRms == 2.0f && kHalfValueRange == 9.0f);
 
 // The exponent of the least power of two that is no smaller.
 __device__ __forceinline__ uint32_t ceiling_exponent(float x) { return (bits_of(x) + 0x7fffffu) >> 23; }
@@ -92,6 +95,10 @@ __device__ __forceinline__ float scale_of(float least) {
 __device__ __forceinline__ float inverse_of_power(float scale) {
   constexpr uint32_t kLeast = 0x00400000u;  // 2^-127, which has no exponent of its own
   return float_of(max(0x7f000000u - bits_of(scale), kLeast));
+}
+
+__device__ __forceinline__ float power_of_inverse(float inverse) {
+  return inverse < 0x1p-126f ? 0x1p127f : inverse_of_power(inverse);
 }
 
 // As mean_of of numerics.h: 0 where subtracting it could lose or overflow a value.
@@ -119,13 +126,6 @@ __device__ __forceinline__ Channel channel_of_values(const Summary& summary, flo
   const float most = fminf(summary.largest + fabsf(mean), 0x1.fffffep127f);
   if (!(rms >= 0x1p-40f && rms < INFINITY)) rms = most * 0.25f;
   rms = fmaxf(fmaxf(rms, most * codes.least_rms), 0x1p-110f);
-  if (codes.sum != 0.0f) {
-    // Magnitudes of 64 values add up to 64 times the largest at most, and to 8 times the root of all squares.
-    const float length = sqrtf(summary.squares) + fabsf(pivot) * sqrtf(count) + fabsf(mean) * sqrtf(count);
-    const bool known = summary.squares >= 0x1p-80f && length < INFINITY;  // squares overflow and underflow
-    const float sum = known ? fminf(64.0f * most, 8.0f * length) : 64.0f * most;
-    rms = fmaxf(rms, fminf(sum * (1.43f / codes.sum), 0x1p127f) * ldexpf(1.0f, codes.log2_rms));
-  }
   constexpr uint32_t kHalfPower = 0x3504f3;  // mantissa of sqrt(2)
   const uint32_t exponent = ((bits_of(rms) + (0x800000 - kHalfPower)) >> 23) - codes.log2_rms;
   return {mean, float_of(min(exponent, 254u) << 23)};

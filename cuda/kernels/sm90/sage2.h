@@ -67,12 +67,13 @@ struct Sage2Packed {
 // V's scales make the root mean square of a channel's codes (in a long context: of a sample of its tokens) this, within
 // a factor of sqrt(2), as they are powers of two: far from both ends of e4m3, which is a float.
 constexpr float kValueRms = 2.0f;
-// Where products with V are summed in FP16, weights of P are at most kHalfWeightRange, and magnitudes of 64 codes of V
-// add up to half_value_sum() at most, so that a tile comes to 44800 (57344 with 256 keys), and leaves room for others.
-// Their root mean square is 128 / block_n, the largest of them 9 times that.
+// Where products with V are summed in FP16, weights of P are at most kHalfWeightRange, and magnitudes of a tile's codes
+// of V in a channel add up to half_value_sum() at most, so that a tile comes to 44800 (57344 with 256 keys), and leaves
+// room for others. In a long context, whose sums are known too late for its scales, their root mean square is
+// 128 / block_n.
 constexpr float kHalfWeightRange = 112.0f;
-constexpr float half_value_range(int block_n) { return 1152.0f / static_cast<float>(block_n); }
-constexpr float half_value_sum(int block_n) { return block_n == 256 ? 128.0f : 25600.0f / static_cast<float>(block_n); }
+constexpr float kHalfValueRange = 9.0f;
+constexpr float half_value_sum(int block_n) { return block_n == 256 ? 512.0f : 400.0f; }
 constexpr uint32_t kKeyFlag = 1;          // a key is not finite
 constexpr uint32_t kValueFlag = 1 << 16;  // a value is not finite
 constexpr uint32_t kRangeFlag = 2 << 16;  // for the packers alone: v_peaks are not all zeros

@@ -145,8 +145,7 @@ void launch_sage2_sample(const Sage2Op& op, CUstream_st* stream) {
   a.values = static_cast<unsigned>(op.k.batch() * op.k.heads());
   a.keys = op.packed.k_mean != nullptr ? a.values : 0;
   a.centre_all = op.plan.smooth_v;
-  a.codes = ValueCodes::of(op.plan);
-  a.codes.sum = 0.0f;  // packing looks at all sums
+  a.codes = ValueCodes::of(op.plan, false);
   for_float_type(op.k.dtype, [&](auto type) {
     launch_overlapped(sample_kernel<decltype(type)::value>, a.values + a.keys, kThreads, 0, stream, a);
   });
