@@ -89,7 +89,7 @@ struct F16Params {
 
   // kMask only
   TileMask mask;
-  bool longest_first;  // they have a last one, but no first after all
+  bool longest_first;  // rows have a last key, but no first
 };
 
 // kBlockN: keys of a tile; kConsumers: warpgroups that compute; kStages: tiles of K and of V in shared memory;
@@ -139,13 +139,14 @@ struct F16Config {
   static_assert(kSharedBytes <= 232448, "a block has 227 KiB of shared memory");
   static_assert(kBlockN % (kQuantized ? 32 : 16) == 0, "16 keys are one step of P.V, 32 are one word of flags");
   static_assert(!kMasks || kBlockN % kMaskTileKeys == 0, "tiles of keys are whole tiles of a mask");
+  static_assert(!kMasks || kCluster == 1, "what is closed to a block may be open to its neighbour");
   static_assert(!kMasks || !kQuantized || kLooksAhead, "a tile is known when it is there, or one before");
   static_assert(kKBytes % 1024 == 0 && kQBytes % 1024 == 0, "swizzled tiles start at multiples of 1024 bytes");
 };
 
 // ---- shared memory ----------------------------------------------------------------------------------------------
 
-// A tile of keys that an item takes, where it does not take all of them.
+// A tile of keys that an item takes, where a mask may close others.
 struct TakenTile {
   uint32_t code = 0;
 
@@ -337,18 +338,9 @@ class Visit {
       base_ -= count;
       bool closed = lane >= count, masked = false;
       if (!closed) {
-        const auto state = [&](int q_block) {
-          return p.mask.template state<C::kBlockN>(mask_plane_, q_block, first_tile_ + base_ + lane);
-        };
-        const TileState own = state(q_block_);
-        masked = own != TileState::kOpen;
-        closed = own == TileState::kClosed;
-        if constexpr (C::kCluster > 1) {
-#pragma unroll
-          for (int other = 1; other < C::kCluster; other++) {
-            closed = closed && state(q_block_ ^ other) == TileState::kClosed;
-          }
-        }
+        const TileState state = p.mask.template state<C::kBlockN>(mask_plane_, q_block_, first_tile_ + base_ + lane);
+        masked = state != TileState::kOpen;
+        closed = state == TileState::kClosed;
       }
       left_ = __ballot_sync(~0u, !closed);
       masked_ = __ballot_sync(~0u, masked);
@@ -994,8 +986,8 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   Walk<C> walk(p);
   int tile;  // counted from first_tile, like those below
   [[maybe_unused]] int first_tile = 0, row0 = 0;
-  // Where rows have a first key of their own: the tile as it was described, the one after it, the visible keys of
-  // this lane's rows, and which of these rows see some, of the tile and of the item so far.
+  // With a mask: the tile as it was described, the one after it, the visible keys of this lane's rows, and which of
+  // these rows see some, of the tile and of the item so far.
   [[maybe_unused]] TakenTile taken;
   [[maybe_unused]] int next_tile = 0, mask_plane = 0;
   constexpr int kParts = C::kMasks ? C::kBlockN / kMaskTileKeys : 1;
@@ -1052,7 +1044,6 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   // Fetches what a mask shows of this tile, and the factors of the one after it, which takes longer than a product.
   const auto look_ahead = [&] {
     if constexpr (C::kMasks) {
-      taken.code = __reduce_or_sync(~0u, taken.code);  // the compiler sees that a warp shares it
       tile = taken.tile();
       if (taken.masked()) {
 #pragma unroll
