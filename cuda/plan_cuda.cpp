@@ -74,7 +74,7 @@ std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) 
 bool suits_hopper_f16(const AttentionShape& shape, const Plan& plan) {
   const int64_t items = shape.batch * shape.q_heads * ((shape.q_tokens + 127) / 128);
   if (items >= int64_t{1} << 30 || shape.q_tokens + shape.k_tokens >= cuda::sm90::kMostF16Tokens) return false;
-  if (cuda::is_general(shape.masking) || bits_per_element(shape.dtype) < 16) return false;
+  if (!cuda::hides_alone(shape.masking) || bits_per_element(shape.dtype) < 16) return false;
   if (plan.kernel == Kernel::kFlash) return shape.dtype != DType::kF32 && shape.boxes;
   const bool converts_v = shape.dtype != DType::kF16 || plan.smooth_v;
   const bool groups = plan.k_grouping != Grouping::kToken && plan.k_group_rows == 64;
@@ -163,7 +163,7 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
     return set_hopper_f16(shape, plan);
   } else if (is_hopper(device)) {
     std::string obstacle =
-        cuda::is_general(shape.masking) ? "keys or scores are masked" : not_for_hopper_beyond(shape, plan);
+        cuda::hides_alone(shape.masking) ? not_for_hopper_beyond(shape, plan) : "scores are masked or changed";
     if (obstacle.empty() && plan.band) obstacle = "only sage2 and sage2-int4 have another band";
     if (!obstacle.empty()) plan.reason += "; by the portable kernel, as " + obstacle;
   }

@@ -64,12 +64,21 @@ function attentionCalls(device: Device, dtype: FloatDType): number {
     using v = random(device, [1, kvHeads, keys, headDim], dtype);
     using sinks = random(device, [1, heads, 1, 1], "f32");
     using mask = random(device, [1, heads, queries, keys], dtype);
+    // Keys 128 to 255 are closed, the others mixed.
+    const seen = Uint8Array.from(
+      { length: queries * keys },
+      (_, at) => Number((at % keys < 128 || at % keys >= 256) && Math.random() < 0.7),
+    );
+    using hides = device.tensor(seen, [1, 1, queries, keys], { dtype: "bool" });
     const masks: readonly AttentionOptions[] = [
       { causal: false },
       { causal: true },
       { window: 40 },
       { sinks, alibi: sinks, softcap: 20 },
       { mask },
+      { mask: hides },
+      { mask: hides, causal: true },
+      { mask: hides, window: 40 },
     ];
     for (const options of masks) {
       const { causal = false } = options;

@@ -430,7 +430,7 @@ class CudaStream final : public Stream {
     expect_planned(layout.carver.bytes(), op.plan);
     const MaskTiles tiles = look_at_mask(op.masking, op.plan, lane, layout.mask.tiles, layout.mask.bits, stages);
     stages.begin("attention");
-    op.plan.architecture == 90 ? sm90::launch_flash(op, lane.stream) : launch_flash(op, tiles, lane.stream);
+    op.plan.architecture == 90 ? sm90::launch_flash(op, tiles, lane.stream) : launch_flash(op, tiles, lane.stream);
   }
 
   MaskTiles look_at_mask(const Masking& masking, const Plan& plan, const Lane& lane, size_t tiles, size_t bits,

@@ -23,6 +23,7 @@
 #include "../ptx/wgmma.cuh"
 #include "flash.h"
 #include "tensor_map.h"
+#include "tile_mask.cuh"
 
 namespace sage::cuda::sm90 {
 
@@ -85,6 +86,10 @@ struct F16Params {
   int head_dim;
   const float *v_scales, *v_mean;  // [B, Hkv, v_dim] or null
   const float* lse_shift;          // [B, Hq, q_tokens] or null
+
+  // kMask only
+  TileMask mask;
+  bool longest_first;  // rows have a last key, but no first
 };
 
 // kBlockN: keys of a tile; kConsumers: warpgroups that compute; kStages: tiles of K and of V in shared memory;
@@ -95,8 +100,9 @@ struct F16Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr ptx::Half kPV = kQK_ == ptx::Operand::kBF16 ? ptx::Half::kBF16 : ptx::Half::kF16;
   static constexpr bool kQuantized = kQK_ == ptx::Operand::kS8;
-  // Whether rows have a last key of their own, and a first.
-  static constexpr bool kEnds = kMask_ != F16Mask::kNone, kBegins = kMask_ == F16Mask::kWindow;
+  // Whether there is a mask, and whether rows have a last key of their own, and a first, as they may with a mask.
+  static constexpr bool kMasks = kMask_ == F16Mask::kMask, kBegins = kMasks || kMask_ == F16Mask::kWindow;
+  static constexpr bool kEnds = kMask_ != F16Mask::kNone;
   static constexpr int kBlockN = kBlockN_, kConsumers = kConsumers_, kBlockM = 64 * kConsumers;
   static constexpr int kStages = kStages_, kQBuffers = kQBuffers_;
   static constexpr bool kTakeTurns = kTakeTurns_;
@@ -105,8 +111,9 @@ struct F16Config {
   // O, S and P of a thread take so many; what the consumers can spare goes to the warps that move tiles. Together no
   // more than a block is launched with, or those that ask for more wait forever.
   static constexpr int kFragments = kHeadDim / 2 + kBlockN / 2 + kBlockN / 4;
-  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kFragments <= 176 ? 232 : 240;
-  static constexpr int kMoverRegisters = kConsumers == 3 ? 32 : kFragments <= 176 ? 40 : 24;
+  static constexpr bool kLittleToSpare = kFragments > 176 || (kFragments == 176 && !kQuantized);
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : kLittleToSpare ? 240 : 232;
+  static constexpr int kMoverRegisters = kConsumers == 3 ? 32 : kLittleToSpare ? 24 : 40;
   static_assert(kConsumers * kConsumerRegisters + kMoverRegisters <= 65536 / kThreads / 8 * 8 * (kConsumers + 1));
 
   // Channels of Q and K lie in panels whose rows have kWidth bytes, those of V in panels of 64.
@@ -131,10 +138,27 @@ struct F16Config {
 
   static_assert(kSharedBytes <= 232448, "a block has 227 KiB of shared memory");
   static_assert(kBlockN % (kQuantized ? 32 : 16) == 0, "16 keys are one step of P.V, 32 are one word of flags");
+  static_assert(!kMasks || kBlockN % kMaskTileKeys == 0, "tiles of keys are whole tiles of a mask");
+  static_assert(!kMasks || kCluster == 1, "what is closed to a block may be open to its neighbour");
+  static_assert(!kMasks || !kQuantized || kLooksAhead, "a tile is known when it is there, or one before");
   static_assert(kKBytes % 1024 == 0 && kQBytes % 1024 == 0, "swizzled tiles start at multiples of 1024 bytes");
 };
 
 // ---- shared memory ----------------------------------------------------------------------------------------------
+
+// A tile of keys that an item takes, where a mask may close others.
+struct TakenTile {
+  uint32_t code = 0;
+
+  TakenTile() = default;
+  __device__ __forceinline__ TakenTile(int tile, bool masked, bool edge, bool last)
+      : code(static_cast<uint32_t>(tile) << 3 | (last ? 4u : 0u) | (edge ? 2u : 0u) | (masked ? 1u : 0u)) {}
+  __device__ __forceinline__ int tile() const { return static_cast<int>(code >> 3); }
+  __device__ __forceinline__ bool masked() const { return code & 1u; }  // it hides keys from rows of the block
+  __device__ __forceinline__ bool edge() const { return code & 2u; }    // some of these rows begin or end here
+  __device__ __forceinline__ bool hides() const { return code & 3u; }
+  __device__ __forceinline__ bool last() const { return code & 4u; }  // of its item
+};
 
 // Addresses of barriers and tiles; barriers come first.
 template <class C>
@@ -158,6 +182,18 @@ struct Shared {
   __device__ uint32_t k(uint32_t stage) const { return base + C::kKAt + stage * C::kKBytes; }
   __device__ uint32_t v(uint32_t stage) const { return base + C::kVAt + stage * C::kVBytes; }
 
+  // What lies in a stage of K, and which tile comes after it.
+  __device__ void describe(uint32_t stage, TakenTile tile, int next) const {
+    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(base + kTilesAt + 8 * stage), "r"(tile.code), "r"(next)
+                 : "memory");
+  }
+  __device__ void description(uint32_t stage, TakenTile& tile, int& next) const {
+    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
+                 : "=r"(tile.code), "=r"(next)
+                 : "r"(base + kTilesAt + 8 * stage)
+                 : "memory");
+  }
+
   // Raised where something is not finite and must be repaired.
   __device__ void set_flag(int value) const {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(base + kFlagAt), "r"(value) : "memory");
@@ -169,7 +205,9 @@ struct Shared {
   }
 
  private:
-  static constexpr int kFlagAt = 1020;
+  static constexpr int kFlagAt = 1020, kTilesAt = 896;
+  static_assert(8 * (5 * C::kStages + 2 * C::kQBuffers * C::kConsumers) <= kTilesAt);
+  static_assert(kTilesAt + 8 * C::kStages <= kFlagAt);
 };
 
 // A position in a ring of kCount buffers, and the parity that its barrier completes next.
@@ -205,7 +243,9 @@ struct Walk {
   }
 
  private:
-  static __device__ __forceinline__ bool turns(const F16Params& p) { return C::kEnds && !C::kBegins && p.turn_around; }
+  static __device__ __forceinline__ bool turns(const F16Params& p) {
+    return C::kEnds && (!C::kBegins || C::kMasks) && p.turn_around;
+  }
   static __device__ __forceinline__ int width() { return static_cast<int>(gridDim.x) / C::kCluster; }
 };
 
@@ -235,7 +275,7 @@ struct Item {
 
   __device__ __forceinline__ Item(const F16Params& p, int index) {
     int q_block;
-    if constexpr (C::kEnds && !C::kBegins) {  // the longest first
+    if (C::kEnds && (!C::kBegins || (C::kMasks && p.longest_first))) {  // the longest first
       const int run = p.run_items.divide(index), at = index - run * static_cast<int>(p.run_items.divisor);
       const int first_plane = run * static_cast<int>(p.run_planes.divisor);
       const bool whole = first_plane + static_cast<int>(p.run_planes.divisor) <= p.planes;
@@ -269,6 +309,51 @@ struct Item {
   __device__ __forceinline__ int kv_plane(const F16Params& p) const { return batch(p) * p.kv_heads + kv_head(p); }
 };
 
+// The tiles of an item that the mask does not close, from the last to the first; at least one. Whole warps ask.
+template <class C>
+class Visit {
+ public:
+  __device__ __forceinline__ Visit(const F16Params& p, const Item<C>& item)
+      : open_(item.open_tiles(p, 0, C::kBlockM)), first_tile_(item.first_tile), base_(item.tiles) {
+    mask_plane_ = p.mask.plane(item.batch(p), item.head(p));
+    q_block_ = item.row0 / C::kBlockM;
+    refill(p);
+    if (left_ == 0) left_ = masked_ = 1;
+  }
+
+  __device__ __forceinline__ bool more() const { return left_ != 0; }
+  __device__ __forceinline__ TakenTile take(const F16Params& p) {
+    const int at = 31 - __clz(static_cast<int>(left_)), tile = first_tile_ + base_ + at;
+    const bool masked = masked_ >> at & 1, edge = edges_ >> at & 1;
+    left_ ^= 1u << at;
+    if (left_ == 0) refill(p);
+    return {tile, masked, edge, left_ == 0};
+  }
+
+ private:
+  // Looks at 32 tiles at a time, until there is one.
+  __device__ __forceinline__ void refill(const F16Params& p) {
+    while (left_ == 0 && base_ > 0) {
+      const int lane = threadIdx.x % 32, count = min(base_, 32);
+      base_ -= count;
+      bool closed = lane >= count, masked = false;
+      if (!closed) {
+        const TileState state = p.mask.template state<C::kBlockN>(mask_plane_, q_block_, first_tile_ + base_ + lane);
+        masked = state != TileState::kOpen;
+        closed = state == TileState::kClosed;
+      }
+      left_ = __ballot_sync(~0u, !closed);
+      masked_ = __ballot_sync(~0u, masked);
+      edges_ = __ballot_sync(~0u, !open_.has(base_ + lane));
+    }
+  }
+
+  OpenTiles<C> open_;
+  int first_tile_, base_;  // of the lowest bit, counted from the first
+  int mask_plane_, q_block_;
+  uint32_t left_ = 0, masked_ = 0, edges_ = 0;
+};
+
 // ---- values that are not finite ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ float element_value(const char* address, DType dtype) {
@@ -284,6 +369,30 @@ __device__ __forceinline__ void store_element(char* base, DType dtype, int64_t i
     reinterpret_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16_rn(value);
   else
     reinterpret_cast<float*>(base)[index] = value;
+}
+
+template <ptx::Half kHalf>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (kHalf == ptx::Half::kF16) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+// The same where `condition` holds. Without branches: as many as rows have channels keep the compiler busy for minutes.
+__device__ __forceinline__ void store_if(bool condition, char* to, DType dtype, float value) {
+  const uint32_t half = dtype == DType::kF16 ? pack<ptx::Half::kF16>(value, 0.0f) : pack<ptx::Half::kBF16>(value, 0.0f);
+  asm volatile(
+      "{ .reg .pred four, two; setp.eq.u32 four, %3, 4; setp.eq.u32 two, %3, 2; "
+      "@four st.global.b32 [%0], %1; @two st.global.b16 [%0], %2; }" ::"l"(to),
+      "f"(value), "h"(static_cast<uint16_t>(half)),
+      "r"(!condition             ? 0u
+          : dtype == DType::kF32 ? 4u
+                                 : 2u)
+      : "memory");
 }
 
 __device__ __forceinline__ void load_shared(uint32_t (&word)[4], uint32_t from) {
@@ -345,6 +454,13 @@ __device__ __forceinline__ float raw_score(const F16Params& p, int batch, int he
   return sum;
 }
 
+// Whether the mask, if there is one, lets a query see a key.
+template <class C>
+__device__ __forceinline__ bool lets_see(const F16Params& p, int mask_plane, int row, int key) {
+  if constexpr (!C::kMasks) return true;
+  return p.mask.visible(mask_plane, row, key / kMaskTileKeys) >> key % kMaskTileKeys & 1;
+}
+
 // Goes over this block's items again, after their outputs are written: V that was cleared is added to the rows that
 // see it, and then rows that see a key that is not finite become NaN, unless its score is -inf.
 template <class C>
@@ -354,13 +470,19 @@ __device__ __noinline__ void repair(const F16Params& p, int thread) {
     const int batch = item.batch(p), head = item.head(p), kv_head = item.kv_head(p);
     const int rows = min(C::kBlockM, p.q_tokens - item.row0);
     const int64_t o_plane = batch * p.o_stride[0] + head * p.o_stride[1];
+    const int mask_plane = C::kMasks ? p.mask.plane(batch, head) : 0;
     if constexpr (C::kEnds) {
       const DType v_dtype = C::kPV == ptx::Half::kF16 ? DType::kF16 : DType::kBF16;
       const char* const v_plane = p.raw_v.data + (batch * p.raw_v.stride[0] + kv_head * p.raw_v.stride[1]) * 2;
       const int first_open = item.first_open(p), last_open = item.last_open(p);
       for (int channel = thread; channel < p.v_dim; channel += C::kConsumerThreads) {
         for (int key = first_key<C>(p, item.row0); key <= last_key<C>(p, item.row0 + rows - 1); key++) {
-          if (key >= first_open && key <= last_open) {
+          const bool open = key >= first_open && key <= last_open;
+          if constexpr (C::kMasks) {
+            const TileState state =
+                p.mask.template state<C::kBlockN>(mask_plane, item.row0 / C::kBlockM, key / C::kBlockN);
+            if (state == TileState::kClosed || (open && state == TileState::kOpen)) continue;
+          } else if (open) {
             key = last_open;
             continue;
           }
@@ -369,6 +491,7 @@ __device__ __noinline__ void repair(const F16Params& p, int thread) {
           if (is_finite(value)) continue;
           for (int row = item.row0; row < item.row0 + rows; row++) {
             if (key < first_key<C>(p, row) || key > last_key<C>(p, row)) continue;
+            if (!lets_see<C>(p, mask_plane, row, key)) continue;
             const int64_t at = o_plane + row * p.o_stride[2] + channel * p.o_stride[3];
             const int bytes = p.out_dtype == DType::kF32 ? 4 : 2;
             store_element(p.o, p.out_dtype, at, element_value(p.o + at * bytes, p.out_dtype) + value);
@@ -385,7 +508,8 @@ __device__ __noinline__ void repair(const F16Params& p, int thread) {
         for (int key0 = first / 32 * 32; key0 <= last && !bad; key0 += 32) {
           for (uint32_t bits = words[key0 / 32]; bits != 0 && !bad; bits &= bits - 1) {
             const int key = key0 + __ffs(static_cast<int>(bits)) - 1;
-            bad = key >= first && key <= last && raw_score(p, batch, head, row, key) != -INFINITY;
+            bad = key >= first && key <= last && lets_see<C>(p, mask_plane, row, key) &&
+                  raw_score(p, batch, head, row, key) != -INFINITY;
           }
         }
         if (!bad) continue;
@@ -415,15 +539,11 @@ __device__ __forceinline__ float clamp_factor(float factor) {
   return factor < 0x1p-126f ? 0x1p-126f : factor > 0x1p100f ? 0x1p100f : factor;
 }
 
-template <ptx::Half kHalf>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (kHalf == ptx::Half::kF16) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
+// Bits `first` to `last` of 64.
+__device__ __forceinline__ uint64_t keys_between(int first, int last) {
+  const uint64_t from = first <= 0 ? ~uint64_t{0} : first > 63 ? 0 : ~uint64_t{0} << first;
+  const uint64_t to = last < 0 ? 0 : last >= 63 ? ~uint64_t{0} : ~uint64_t{0} >> (63 - last);
+  return from & to;
 }
 
 // Maximum and sum of rows g and g + 8 of this lane's columns.
@@ -501,8 +621,9 @@ __device__ __forceinline__ void load_queries_and_keys(const F16Params& p, const 
   ptx::prefetch_map(p.k);
   Ring<C::kStages> stage;
   Ring<C::kQBuffers> buffer;
-  const auto load_keys = [&](int tile, int kv_head, int batch) {
+  const auto load_keys = [&](int tile, int kv_head, int batch, auto describe) {
     ptx::barrier_wait(shared.k_empty(stage.at), stage.parity ^ 1);
+    describe(stage.at);
     ptx::barrier_expect(shared.k_full(stage.at), C::kKBytes);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; panel++) {
@@ -511,10 +632,7 @@ __device__ __forceinline__ void load_queries_and_keys(const F16Params& p, const 
     }
     stage.advance();
   };
-  for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
-    const Item<C> item(p, walk.index);
-    const int batch = item.batch(p), kv_head = item.kv_head(p);
-    load_keys(item.first_tile + item.tiles - 1, kv_head, batch);
+  const auto load_queries = [&](const Item<C>& item, int batch) {
     const int head = item.head(p);
 #pragma unroll 1
     for (int group = 0; group < C::kConsumers; group++) {
@@ -528,8 +646,42 @@ __device__ __forceinline__ void load_queries_and_keys(const F16Params& p, const 
       }
     }
     buffer.advance();
+  };
+  if constexpr (C::kMasks) {
+    Walk<C> walk(p);
+    Item<C> item(p, walk.index);
+    Visit<C> visit(p, item);
+    TakenTile tile = visit.take(p);
+    bool first = true;
+    while (true) {
+      const Item<C> now = item;
+      const bool last = tile.last();
+      if (last) {
+        walk.advance(p);
+        item = Item<C>(p, min(walk.index, p.items - 1));
+        visit = Visit<C>(p, item);
+      }
+      const TakenTile next = visit.take(p);
+      if (threadIdx.x % 32 == 0) {
+        const int batch = now.batch(p);
+        load_keys(tile.tile(), now.kv_head(p), batch, [&](uint32_t at) { shared.describe(at, tile, next.tile()); });
+        if (first) load_queries(now, batch);
+      }
+      __syncwarp();
+      if (last && walk.index >= p.items) break;
+      tile = next;
+      first = last;
+    }
+  } else {
+    const auto plain = [](uint32_t) {};
+    for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
+      const Item<C> item(p, walk.index);
+      const int batch = item.batch(p), kv_head = item.kv_head(p);
+      load_keys(item.first_tile + item.tiles - 1, kv_head, batch, plain);
+      load_queries(item, batch);
 #pragma unroll 1
-    for (int tile = item.tiles - 2; tile >= 0; tile--) load_keys(item.first_tile + tile, kv_head, batch);
+      for (int tile = item.tiles - 2; tile >= 0; tile--) load_keys(item.first_tile + tile, kv_head, batch, plain);
+    }
   }
 }
 
@@ -540,15 +692,24 @@ __device__ __forceinline__ void load_values(const F16Params& p, const Shared<C>&
   for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
     const Item<C> item(p, walk.index);
     const int batch = item.batch(p), kv_head = item.kv_head(p);
-    for (int tile = item.tiles - 1; tile >= 0; tile--) {
+    const auto load = [&](int tile) {
       ptx::barrier_wait(shared.v_empty(stage.at), stage.parity ^ 1);
       ptx::barrier_expect(shared.v_full(stage.at), C::kVBytes);
 #pragma unroll
       for (int panel = 0; panel < C::kVPanels; panel++) {
-        load_shared_box<C>(shared.v(stage.at) + panel * C::kBlockN * 128, 128, p.v, panel * 64, item.first_tile + tile,
-                           kv_head, batch, shared.v_full(stage.at));
+        load_shared_box<C>(shared.v(stage.at) + panel * C::kBlockN * 128, 128, p.v, panel * 64, tile, kv_head, batch,
+                           shared.v_full(stage.at));
       }
       stage.advance();
+    };
+    if constexpr (C::kMasks) {
+      for (Visit<C> visit(p, item); visit.more();) {
+        const TakenTile tile = visit.take(p);
+        if (threadIdx.x % 32 == 0) load(tile.tile());
+        __syncwarp();
+      }
+    } else {
+      for (int tile = item.tiles - 1; tile >= 0; tile--) load(item.first_tile + tile);
     }
   }
 }
@@ -562,17 +723,16 @@ __device__ __forceinline__ void clean_values(const F16Params& p, const Shared<C>
   Ring<C::kStages> stage;
   for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
     const Item<C> item(p, walk.index);
-    const OpenTiles<C> open = item.open_tiles(p, 0, C::kBlockM);
-    for (int tile = item.tiles - 1; tile >= 0; tile--) {
+    // `anywhere`: not only where rows begin or end.
+    const auto clean = [&](int first_key, bool masked, [[maybe_unused]] bool anywhere) {
       ptx::barrier_wait(shared.v_full(stage.at), stage.parity);
-      const bool masked = !open.has(tile);
       if (masked) {
         const uint32_t v_tile = shared.v(stage.at);
         // Rows of the tile that are seen by all: none where they end before they begin.
-        int end = max(item.last_open(p) + 1 - item.tile_key(tile), 0);
+        int end = max(item.last_open(p) + 1 - first_key, 0);
         bool found = false;
         if constexpr (C::kBegins) {
-          const int begin = min(item.first_open(p) - item.tile_key(tile), C::kBlockN);
+          const int begin = anywhere ? C::kBlockN : min(item.first_open(p) - first_key, C::kBlockN);
           found = clear_not_finite<C, kThreads>(v_tile, 0, begin, thread);
           end = max(end, begin);
         }
@@ -583,22 +743,37 @@ __device__ __forceinline__ void clean_values(const F16Params& p, const Shared<C>
       if (masked && threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.v_clean(stage.at));
       release_shared<C>(shared.v_empty(stage.at));  // so that no tile passes unseen
       stage.advance();
+    };
+    if constexpr (C::kMasks) {
+      for (Visit<C> visit(p, item); visit.more();) {
+        const TakenTile tile = visit.take(p);
+        clean(tile.tile() * C::kBlockN, tile.hides(), tile.masked());
+      }
+    } else {
+      const OpenTiles<C> open = item.open_tiles(p, 0, C::kBlockM);
+      for (int tile = item.tiles - 1; tile >= 0; tile--) clean(item.tile_key(tile), !open.has(tile), false);
     }
   }
 }
 
 // ---- the warpgroups that compute --------------------------------------------------------------------------------
 
-// O / sum, from the fragments: rows g and g + 8 of a lane, columns 8n + 2c, + 1. Changes O on the way.
+// O / sum, from the fragments: rows g and g + 8 of a lane, columns 8n + 2c, + 1. Changes O on the way. `seen`: rows
+// that see a key, a bit each, where a mask may hide them all.
 template <class C>
 __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& item, int group,
-                                           float (&o)[C::kHeadDim / 2], const RowState& rows) {
+                                           float (&o)[C::kHeadDim / 2], const RowState& rows,
+                                           [[maybe_unused]] uint32_t seen) {
   int thread;  // read again, so that nothing made of it occupies a register all the while
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   const int lane = thread % 32, c = lane % 4;
   const int batch = item.batch(p), head = item.head(p);
   const float largest = p.largest;
   float inverse[2];
+  const auto sees = [&](int half, int row) {
+    if constexpr (C::kMasks) return (seen >> half & 1u) != 0;
+    return !C::kEnds || first_key<C>(p, row) <= last_key<C>(p, row);
+  };
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     float total = rows.sum[half];
@@ -611,7 +786,7 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
       if constexpr (C::kQuantized) {
         if (p.lse_shift != nullptr) lse += p.lse_shift[static_cast<int64_t>(item.plane) * p.q_tokens + row];
       }
-      const bool visible = !C::kEnds || first_key<C>(p, row) <= last_key<C>(p, row);
+      const bool visible = sees(half, row);
       p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = visible ? lse : -INFINITY;
     }
   }
@@ -640,7 +815,7 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int in_block = group * 64 + thread / 32 % 4 * 16 + lane / 4 + half * 8, row = item.row0 + in_block;
-    const bool exists = row < p.q_tokens, visible = !C::kEnds || first_key<C>(p, row) <= last_key<C>(p, row);
+    const bool exists = row < p.q_tokens, visible = sees(half, row);
     const auto value_of = [&](int n, int e) {
       float value = o[4 * n + 2 * half + e];
       // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
@@ -673,12 +848,15 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
         }
       }
     } else if (exists) {
+      const int bytes = p.out_dtype == DType::kF32 ? 4 : 2;
+      char* to = p.o + (o_row + c * 2 * p.o_stride[3]) * bytes;
 #pragma unroll
       for (int n = 0; n < C::kHeadDim / 8; n++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int channel = n * 8 + c * 2 + e;
-          if (channel < p.v_dim) store_element(p.o, p.out_dtype, o_row + channel * p.o_stride[3], value_of(n, e));
+          store_if(n * 8 + c * 2 + e < p.v_dim, to, p.out_dtype, value_of(n, e));
+          to += p.o_stride[3] * (e == 0 ? bytes : 7 * bytes);
+          asm volatile("" : "+l"(to));  // addresses one by one: many would need many registers
         }
       }
     }
@@ -808,6 +986,13 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   Walk<C> walk(p);
   int tile;  // counted from first_tile, like those below
   [[maybe_unused]] int first_tile = 0, row0 = 0;
+  // With a mask: the tile as it was described, the one after it, the visible keys of this lane's rows, and which of
+  // these rows see some, of the tile and of the item so far.
+  [[maybe_unused]] TakenTile taken;
+  [[maybe_unused]] int next_tile = 0, mask_plane = 0;
+  constexpr int kParts = C::kMasks ? C::kBlockN / kMaskTileKeys : 1;
+  [[maybe_unused]] uint64_t visible[2][kParts];
+  [[maybe_unused]] uint32_t tile_seen = 0, seen = 0;
   OpenTiles<C> open_tiles, clean_tiles;  // that need no mask; whose values are hidden from no row of the block
   [[maybe_unused]] int kv_plane;
   [[maybe_unused]] bool bad_keys;  // in kv_plane
@@ -829,19 +1014,26 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   const auto pass_turn = [&] {
     if constexpr (C::kTakeTurns) ptx::turn_pass<256>(1 + (group + 1) % C::kConsumers);
   };
+  const auto is_last = [&] { return C::kMasks ? taken.last() : tile == 0; };
+  const auto hides_values = [&] { return C::kMasks ? taken.hides() : !clean_tiles.has(tile); };
   const auto start_item = [&] {
     const Item<C> item(p, walk.index);
-    tile = item.tiles - 1;
-    if constexpr (C::kBegins) first_tile = item.first_tile;
     if constexpr (C::kEnds) row0 = item.row0;
-    open_tiles = item.open_tiles(p, group * 64, 64);
-    clean_tiles = item.open_tiles(p, 0, C::kBlockM);
+    if constexpr (C::kMasks) {
+      mask_plane = p.mask.plane(item.batch(p), item.head(p));
+    } else {
+      tile = item.tiles - 1;
+      if constexpr (C::kBegins) first_tile = item.first_tile;
+      open_tiles = item.open_tiles(p, group * 64, 64);
+      clean_tiles = item.open_tiles(p, 0, C::kBlockM);
+    }
     if constexpr (C::kQuantized) kv_plane = item.kv_plane(p);
     ptx::barrier_wait(shared.q_full(items % C::kQBuffers, group), items / C::kQBuffers & 1);
   };
   const auto start_scores = [&] {
     const uint32_t stage = count % C::kStages;
     ptx::barrier_wait(shared.k_full(stage), count / C::kStages & 1);
+    if constexpr (C::kMasks) shared.description(stage, taken, next_tile);
     take_turn();
     ptx::pin(probabilities);
     ptx::product_fence();
@@ -849,16 +1041,30 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
                     ptx::tile_descriptor<C::kWidth>() | ptx::descriptor_address(shared.q(items % C::kQBuffers, group)),
                     ptx::tile_descriptor<C::kWidth>() | ptx::descriptor_address(shared.k(stage)));
   };
-  // Fetches the factors of the tile after this one, which takes longer than a product.
+  // Fetches what a mask shows of this tile, and the factors of the one after it, which takes longer than a product.
   const auto look_ahead = [&] {
+    if constexpr (C::kMasks) {
+      tile = taken.tile();
+      if (taken.masked()) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+          for (int part = 0; part < kParts; part++) {
+            visible[half][part] = p.mask.visible(mask_plane, row0 + lane_row + 8 * half, tile * kParts + part);
+          }
+        }
+      }
+    }
     if constexpr (C::kQuantized) {
-      if (tile > 0) {
-        if (C::kLooksAhead) next_factors.fetch_keys(p, kv_plane, first_tile + tile - 1);
+      if (!is_last()) {
+        if (C::kLooksAhead) next_factors.fetch_keys(p, kv_plane, C::kMasks ? next_tile : first_tile + tile - 1);
       } else {
         const Item<C> next(p, min(walk.next(), p.items - 1));
         next_factors.fetch_rows(p, next, lane_row);
         if (next.kv_plane(p) != kv_plane) next_factors.fetch_plane(p, next.kv_plane(p));
-        if (C::kLooksAhead) next_factors.fetch_keys(p, next.kv_plane(p), next.first_tile + next.tiles - 1);
+        if (C::kLooksAhead) {
+          next_factors.fetch_keys(p, next.kv_plane(p), C::kMasks ? next_tile : next.first_tile + next.tiles - 1);
+        }
       }
     }
   };
@@ -880,8 +1086,32 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   const auto take_scores = [&] {
     ptx::pin(s);
     release_shared<C>(shared.k_empty(count % C::kStages));
-    if (tile == 0 && lane == 0) ptx::barrier_arrive(shared.q_empty(items % C::kQBuffers, group));
-    if (!open_tiles.has(tile)) {
+    if (is_last() && lane == 0) ptx::barrier_arrive(shared.q_empty(items % C::kQBuffers, group));
+    if constexpr (C::kMasks) {
+      tile_seen = 3;
+      if (taken.hides()) {
+        tile_seen = 0;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+          for (int part = 0; part < kParts; part++) {
+            uint64_t keys = taken.masked() ? visible[half][part] : ~uint64_t{0};
+            if (taken.edge()) {
+              const int row = row0 + lane_row + 8 * half, key = tile * C::kBlockN + part * kMaskTileKeys;
+              keys &= keys_between(first_key<C>(p, row) - key, last_key<C>(p, row) - key);
+            }
+            if (keys != 0) tile_seen |= 1u << half;
+            const uint32_t word[2] = {static_cast<uint32_t>(keys) >> 2 * c, static_cast<uint32_t>(keys >> 32) >> 2 * c};
+#pragma unroll
+            for (int i = 0; i < kMaskTileKeys / 4; i++) {
+              const int at = part * (kMaskTileKeys / 2) + i / 2 * 4 + half * 2 + i % 2;
+              const bool seen_here = word[i / 8] >> (i / 2 % 4 * 8 + i % 2) & 1u;
+              s[at] = seen_here ? s[at] : kMasked;
+            }
+          }
+        }
+      }
+    } else if (!open_tiles.has(tile)) {
       const int key = (first_tile + tile) * C::kBlockN + c * 2;
       const int row = row0 + lane_row;
       int first[2], last[2];
@@ -933,29 +1163,31 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   start_item();
   if constexpr (C::kQuantized) {
     factors.fetch_rows(p, Item<C>(p, walk.index), lane_row);
-    factors.fetch_keys(p, kv_plane, first_tile + tile);
+    if constexpr (!C::kMasks) factors.fetch_keys(p, kv_plane, first_tile + tile);
     factors.fetch_plane(p, kv_plane);
     bad_keys = __any_sync(~0u, factors.not_finite != 0);
     next_factors.not_finite = factors.not_finite;
   }
   start_scores();
+  if constexpr (C::kQuantized && C::kMasks) factors.fetch_keys(p, kv_plane, taken.tile());
   pass_turn();
   look_ahead();
   ptx::product_wait<0>();
   take_scores();
+  seen = tile_seen;
   exponentiate<C>(p, factors, s, e, rows, rescale);
   pack_probabilities();
-  bool hidden = !clean_tiles.has(tile), first = true;
+  bool hidden = hides_values(), first = true;
 
 #pragma unroll 1
   for (count = 1;; count++) {
-    const bool last = tile == 0;
+    const bool last = is_last();
     if (last) {
       items++;
       if (walk.next() >= p.items) break;
       walk.advance(p);
       start_item();
-    } else {
+    } else if (!C::kMasks) {
       tile--;
     }
     take_factors(last);
@@ -966,7 +1198,9 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
     ptx::product_wait<1>();
     take_scores();
     const RowState before = rows;
+    [[maybe_unused]] const uint32_t seen_before = seen;
     if (last) rows = RowState{};
+    seen = last ? tile_seen : seen | tile_seen;
     const bool moved = exponentiate<C>(p, factors, s, e, rows, rescale);
     // The compiler moves a wait up as far as it can within a block of code: this branch keeps the exponentials above.
     // All warps of a warpgroup must wait at the same place, so it is not the one that they decide on by themselves.
@@ -985,9 +1219,9 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
     pack_probabilities();
     if (last) {
       ptx::pin(probabilities);  // before, as that takes half the registers
-      write_rows<C>(p, Item<C>(p, walk.previous(p)), group, o, before);
+      write_rows<C>(p, Item<C>(p, walk.previous(p)), group, o, before, seen_before);
     }
-    hidden = !clean_tiles.has(tile);
+    hidden = hides_values();
     first = last;
   }
   ptx::pin(probabilities);
@@ -995,7 +1229,7 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   start_values(count - 1, hidden, first);
   ptx::product_wait<0>();
   ptx::pin(o);
-  write_rows<C>(p, Item<C>(p, walk.index), group, o, rows);
+  write_rows<C>(p, Item<C>(p, walk.index), group, o, rows, seen);
   if (C::kTakeTurns && group == 0) take_turn();
 
   if constexpr (C::kEnds || C::kQuantized) {
@@ -1040,9 +1274,9 @@ __global__ void __launch_bounds__(C::kThreads, 1) attention_f16_kernel(const __g
     ptx::shrink_registers<C::kMoverRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0);
     if (warp == 0) {
-      if (threadIdx.x % 32 == 0) load_queries_and_keys<C>(p, shared);
+      if (C::kMasks || threadIdx.x % 32 == 0) load_queries_and_keys<C>(p, shared);
     } else if (warp == 1) {
-      if (threadIdx.x % 32 == 0) load_values<C>(p, shared);
+      if (C::kMasks || threadIdx.x % 32 == 0) load_values<C>(p, shared);
     } else if constexpr (C::kEnds) {
       clean_values<C>(p, shared);
     }
@@ -1084,7 +1318,8 @@ void launch_f16(F16Params params, const Operands& operands, cudaStream_t stream)
       int64_t{params.k_tokens} * C::kHeadDim * (C::kElement + 2) / static_cast<int64_t>(params.group.divisor) + 1;
   // Many planes to a run: what matters is that all blocks get the same work. Few: that they stay near one another.
   constexpr int64_t kCacheBytes = 40 << 20, kLittleCacheBytes = 24 << 20, kMostPlanes = 32, kManyPlanes = 6;
-  params.turn_around = kCacheBytes / plane_bytes >= kManyPlanes;
+  params.longest_first = params.low == -params.q_tokens && params.high < params.k_tokens;
+  params.turn_around = kCacheBytes / plane_bytes >= kManyPlanes && (!C::kMasks || params.longest_first);
   const int64_t fitting = (params.turn_around ? kCacheBytes : kLittleCacheBytes) / plane_bytes;
   const int run_planes =
       static_cast<int>(std::min<int64_t>(std::clamp<int64_t>(fitting, 1, kMostPlanes), params.planes));

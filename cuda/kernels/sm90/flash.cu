@@ -58,8 +58,9 @@ F16Params make_params(const View& q, const View& k, const View& v, const View& o
 
 }  // namespace
 
-void launch_flash(const AttentionOp& op, CUstream_st* stream) {
-  const F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, op.scale);
+void launch_flash(const AttentionOp& op, const MaskTiles& tiles, CUstream_st* stream) {
+  F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, op.scale);
+  params.mask = make_tile_mask(op.masking.mask, tiles, op.plan.block_q);
   const Operands operands{op.q, op.k, op.v};
   switch (op.plan.padded_head_dim) {
     case 64: return launch_flash_for<64>(params, operands, f16_mask(op.masking), stream);
@@ -70,6 +71,7 @@ void launch_flash(const AttentionOp& op, CUstream_st* stream) {
 
 void launch_sage1(const SageOp& op, CUstream_st* stream) {
   F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, op.scale);
+  params.mask = make_tile_mask(op.masking.mask, op.mask_tiles, op.plan.block_q);
   params.largest = largest_finite(op.v_dtype);
   params.q_scales = f32(op.q_scales);
   params.k_scales = f32(op.k_scales);

@@ -10,6 +10,9 @@ void launch(const F16Params& params, const Operands& operands, F16Mask mask, cud
   if (mask == F16Mask::kWindow) {
     return launch_f16<F16Config<128, kType, F16Mask::kWindow, 128, 2, 3, 1, false>>(params, operands, stream);
   }
+  if (mask == F16Mask::kMask) {
+    return launch_f16<F16Config<128, kType, F16Mask::kMask, 128, 2, 3, 1, true>>(params, operands, stream);
+  }
   const bool pairs = pairs_pay(params, 128, mask, 8192);
   if (mask == F16Mask::kCausal) {
     if (pairs)

@@ -10,6 +10,9 @@ void launch(const F16Params& params, const Operands& operands, F16Mask mask, cud
   if (mask == F16Mask::kWindow) {
     return launch_f16<F16Config<256, kType, F16Mask::kWindow, 64, 2, 2, 1, false>>(params, operands, stream);
   }
+  if (mask == F16Mask::kMask) {
+    return launch_f16<F16Config<256, kType, F16Mask::kMask, 64, 2, 2, 1, false>>(params, operands, stream);
+  }
   const bool pairs = pairs_pay(params, 128, mask, 4096);
   if (mask == F16Mask::kCausal) {
     if (pairs)

@@ -9,6 +9,9 @@ void launch_sage1_for<128>(const F16Params& params, const Operands& operands, F1
   if (mask == F16Mask::kWindow) {
     return launch_f16<F16Config<128, kS8, F16Mask::kWindow, 128, 2, 4, 1, false>>(params, operands, stream);
   }
+  if (mask == F16Mask::kMask) {
+    return launch_f16<F16Config<128, kS8, F16Mask::kMask, 128, 2, 4, 1, false>>(params, operands, stream);
+  }
   const bool pairs = pairs_pay(params, 128, mask, 8192);
   if (mask == F16Mask::kCausal) {
     if (pairs)

@@ -9,6 +9,9 @@ void launch_sage1_for<256>(const F16Params& params, const Operands& operands, F1
   if (mask == F16Mask::kWindow) {
     return launch_f16<F16Config<256, kS8, F16Mask::kWindow, 64, 2, 4, 1, false>>(params, operands, stream);
   }
+  if (mask == F16Mask::kMask) {
+    return launch_f16<F16Config<256, kS8, F16Mask::kMask, 64, 2, 4, 1, false>>(params, operands, stream);
+  }
   if (mask == F16Mask::kCausal) {
     if (pairs_pay(params, 128, mask, 8192)) {
       return launch_f16<F16Config<256, kS8, F16Mask::kCausal, 64, 2, 4, 1, false, 2>>(params, operands, stream);
