@@ -17,14 +17,6 @@ namespace {
             "Cannot run attention as " + what + " must be " + must + ": current value is " + value + ".");
 }
 
-// TEMP
-// Whether a mask, if there is one, shows or hides keys, and nothing else changes scores.
-inline bool hides_alone(const Masking& masking) {
-  const bool changes = masking.sinks || masking.alibi || masking.softcap > 0;
-  return !changes && (!masking.mask || masking.mask.dtype == DType::kBool);
-}
-
-// TEMPEND
 bool is_hopper(const DeviceTraits& device) { return device.architecture == 90; }
 
 void check_tokens(const AttentionShape& shape) {
@@ -67,7 +59,7 @@ bool has_hopper_sage2(Kernel kernel) {
 std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) {
   if (bits_per_element(shape.dtype) < 16) return "operands are codes";
   if (plan.granularity != SAGE_GRANULARITY_THREAD) return "scales are not per thread";
-  if (!hides_alone(shape.masking)) return "keys or scores are masked";
+  if (!cuda::hides_alone(shape.masking)) return "scores are masked or changed";
   if (plan.rotate) return "q and k are rotated";
   if (shape.masking.mask) {
     if (plan.kernel == Kernel::kSage2PP) return "keys are masked in sage2++";
@@ -204,7 +196,7 @@ static Kernel hopper_auto_kernel(const AttentionShape& shape, std::string& reaso
 }
 
 Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device, std::string& reason) {
-  if (is_hopper(device) && hides_alone(shape.masking)) return hopper_auto_kernel(shape, reason);
+  if (is_hopper(device) && cuda::hides_alone(shape.masking)) return hopper_auto_kernel(shape, reason);
   if (shape.dtype == DType::kF32) {
     reason = "auto: sage1, as flash takes no f32 on this device";
     return Kernel::kSage1;
