@@ -59,8 +59,13 @@ bool has_hopper_sage2(Kernel kernel) {
 std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) {
   if (bits_per_element(shape.dtype) < 16) return "operands are codes";
   if (plan.granularity != SAGE_GRANULARITY_THREAD) return "scales are not per thread";
-  if (cuda::is_general(shape.masking)) return "keys or scores are masked";
+  if (!cuda::hides_alone(shape.masking)) return "keys or scores are masked";
   if (plan.rotate) return "q and k are rotated";
+  if (shape.masking.mask) {
+    if (plan.kernel == Kernel::kSage2PP) return "keys are masked in sage2++";
+    if (plan.smooth_q) return "keys are masked and queries smoothed";
+    if (plan.band) return "keys are masked beside a band";
+  }
   if (plan.kernel == Kernel::kSage2PP) {
     if (plan.smooth_q) return "queries are smoothed";
     if (plan.p_range != cuda::sm90::kHalfWeightRange) return "P and V have other ranges than 112 and 9";
@@ -191,7 +196,7 @@ static Kernel hopper_auto_kernel(const AttentionShape& shape, std::string& reaso
 }
 
 Kernel cuda_auto_kernel(const AttentionShape& shape, const DeviceTraits& device, std::string& reason) {
-  if (is_hopper(device) && !cuda::is_general(shape.masking)) return hopper_auto_kernel(shape, reason);
+  if (is_hopper(device) && cuda::hides_alone(shape.masking)) return hopper_auto_kernel(shape, reason);
   if (shape.dtype == DType::kF32) {
     reason = "auto: sage1, as flash takes no f32 on this device";
     return Kernel::kSage1;

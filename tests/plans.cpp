@@ -167,6 +167,42 @@ void check_hopper() {
   CHECK(warp.architecture == 80 && !warp.fp8_products && !warp.int4_products, warp.implementation);
 }
 
+// Hopper's own sage2 takes bool masks, where nothing else changes scores; auto chooses as it does without one.
+void check_hopper_masks() {
+  const auto planned = [](void (*change)(AttentionShape&, sage_attention_options&)) {
+    static uint8_t somewhere;
+    AttentionShape shape = shape_of(128);
+    shape.q_tokens = shape.k_tokens = 4096;
+    shape.masking.mask = {&somewhere, DType::kBool, {1, 1, 4096, 4096}, {0, 0, 4096, 1}};
+    sage_attention_options options{};
+    options.kernel = SAGE_KERNEL_SAGE2;
+    change(shape, options);
+    return plan_attention(shape, options, gpu(90, 89));
+  };
+  const Plan own = planned([](AttentionShape&, sage_attention_options&) {});
+  CHECK(own.architecture == 90 && own.fast_exponential, own.reason);
+  const Plan lse = planned([](AttentionShape& shape, sage_attention_options&) { shape.lse = true; });
+  CHECK(lse.architecture == 90 && !lse.fast_exponential, lse.reason);
+  const Plan chosen =
+      planned([](AttentionShape&, sage_attention_options& options) { options.kernel = SAGE_KERNEL_AUTO; });
+  CHECK(chosen.kernel == Kernel::kSage2 && chosen.architecture == 90, chosen.reason);
+  const auto reason_of = [&](void (*change)(AttentionShape&, sage_attention_options&)) {
+    const Plan plan = planned(change);
+    return plan.architecture < 90 && !plan.fast_exponential ? plan.reason : "Hopper's own kernel";
+  };
+  const auto expect = [](const std::string& reason, const char* words) {
+    CHECK(reason.find(std::string("by the portable kernel, as ") + words) != std::string::npos, reason);
+  };
+  expect(reason_of([](AttentionShape& shape, sage_attention_options&) { shape.masking.mask.dtype = DType::kF16; }),
+         "keys or scores are masked");
+  expect(reason_of([](AttentionShape& shape, sage_attention_options&) { shape.masking.softcap = 5; }),
+         "keys or scores are masked");
+  expect(reason_of([](AttentionShape&, sage_attention_options& options) { options.smooth_q = SAGE_ON; }),
+         "keys are masked and queries smoothed");
+  expect(reason_of([](AttentionShape&, sage_attention_options& options) { options.kernel = SAGE_KERNEL_SAGE2PP; }),
+         "keys are masked in sage2++");
+}
+
 }  // namespace
 
 int main() {
@@ -174,6 +210,7 @@ int main() {
   check_products();
   check_beyond();
   check_hopper();
+  check_hopper_masks();
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures != 0;
 }

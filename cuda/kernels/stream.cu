@@ -611,6 +611,9 @@ class CudaStream final : public Stream {
     run.causal = op.causal;
     run.scale = op.scale;
     run.plan = op.plan;
+    const MaskTiles mask = look_at_mask(op.masking, op.plan, lane, layout.mask_tiles, layout.mask_bits, stages);
+    run.mask_tiles = mask.tiles;
+    run.mask_bits = mask.bits;
     if (op.plan.smooth_q) {
       stages.begin("mean");
       const int64_t blocks = (shape.q_tokens + sm90::kBlockM - 1) / sm90::kBlockM;

@@ -29,6 +29,12 @@ inline bool is_general(const Masking& masking) {
   return masking.mask || masking.sinks || masking.alibi || masking.softcap > 0;
 }
 
+// Whether a mask, if there is one, shows or hides keys, and nothing else changes scores.
+inline bool hides_alone(const Masking& masking) {
+  const bool changes = masking.sinks || masking.alibi || masking.softcap > 0;
+  return !changes && (!masking.mask || masking.mask.dtype == DType::kBool);
+}
+
 // Whether scores need more than one factor a row and tile of keys, or P is codes.
 inline bool has_column_terms(const Plan& plan, bool delta, int64_t k_tokens) {
   if (is_beyond(plan, k_tokens)) return true;

@@ -173,7 +173,7 @@ struct QuantizedWorkspace {
 // Offsets for sage2 on sm_90a.
 struct Sage2Workspace {
   size_t q, q_scales, q_bits, k, k_scales, k_bits, v, v_scales, v_bits, v_peaks, flags, next_item, q_mean, k_mean,
-      v_mean, shifts, shift_peaks;
+      v_mean, shifts, shift_peaks, mask_tiles, mask_bits;
   size_t bytes;
 
   Sage2Workspace(const AttentionShape& shape, const Plan& plan) {
@@ -201,6 +201,9 @@ struct Sage2Workspace {
     const int64_t shift_count = blocks * (tiles / k_planes) * plan.block_k;
     shifts = carver.take_if(plan.smooth_q, shift_count, 4);
     shift_peaks = carver.take_if(plan.smooth_q, shift_count / sm90::kShiftsOfPeak, 4);
+    const MaskWorkspace mask(shape.masking.mask, sm90::kBlockM, carver);
+    mask_tiles = mask.tiles;
+    mask_bits = mask.bits;
     bytes = carver.bytes();
   }
 

@@ -6,6 +6,7 @@
 #include "../tile.cuh"
 #include "launch.cuh"
 #include "sage2.h"
+#include "tile_mask.cuh"
 
 namespace sage::cuda::sm90 {
 namespace {
@@ -23,16 +24,24 @@ struct RepairArguments {
   int planes, kv_heads, group;
   int64_t chunks;     // of kRows rows, of one head
   int64_t low, high;  // query i sees keys i + low to i + high
+  TileMask mask;
 };
 
-// Keys `begin` to `end`, less one.
+// Keys `begin` to `end`, less one; of those the mask shows its bits, 64 keys each, where there is one.
 struct Span {
   int64_t begin, end;
+  const uint64_t* shown = nullptr;
 };
 
-__device__ __forceinline__ Span visible_keys(const RepairArguments& a, int64_t row) {
+template <bool kMasked>
+__device__ __forceinline__ Span visible_keys(const RepairArguments& a, Plane where, int64_t row) {
   const int64_t begin = min(max(row + a.low, int64_t{0}), a.k.tokens);
-  return {begin, max(min(row + a.high + 1, a.k.tokens), begin)};
+  Span span{begin, max(min(row + a.high + 1, a.k.tokens), begin)};
+  if constexpr (kMasked) {
+    const int plane = a.mask.plane(static_cast<int>(where.batch), static_cast<int>(where.head));
+    span.shown = a.mask.row(plane, static_cast<int>(row));
+  }
+  return span;
 }
 
 __device__ __forceinline__ float value_of(const Tensor& tensor, DType type, const char* plane, int64_t token,
@@ -61,20 +70,35 @@ __device__ __forceinline__ uint32_t bits_below(int64_t word, int64_t end) {
   return bits >= 32 ? ~0u : bits <= 0 ? 0u : (1u << bits) - 1;
 }
 
-// Bits of tokens in word `word` that are in the span.
+// Bits of tokens in word `word`, some of which are in the span, that a row sees.
+template <bool kMasked>
 __device__ __forceinline__ uint32_t bits_of_span(int64_t word, Span span) {
-  return bits_below(word, span.end) & ~bits_below(word, span.begin);
+  const uint32_t bits = bits_below(word, span.end) & ~bits_below(word, span.begin);
+  if constexpr (kMasked) return bits & static_cast<uint32_t>(span.shown[word / 2] >> word % 2 * 32);
+  return bits;
+}
+
+// How many keys a row sees, by a warp.
+template <bool kMasked>
+__device__ __forceinline__ int64_t count_seen(Span visible) {
+  if constexpr (!kMasked) return visible.end - visible.begin;
+  int count = 0;
+  for (int64_t word = visible.begin / 32 + threadIdx.x % 32; word * 32 < visible.end; word += 32) {
+    count += __popc(bits_of_span<kMasked>(word, visible));
+  }
+  return __reduce_add_sync(~0u, count);
 }
 
 // Visible keys that are not finite, taken by a warp: true if the score of one is not -inf, or if that of every visible
 // key is -inf, so that there is nothing to normalize.
+template <bool kMasked>
 __device__ __forceinline__ bool keys_break(const RepairArguments& a, const char* q, const char* k,
                                            const uint32_t* k_bits, int64_t row, Span visible) {
   const int lane = threadIdx.x % 32;
   int64_t without_weight = 0;
   for (int64_t first = visible.begin / 32; first * 32 < visible.end; first += 32) {
     const int64_t word = first + lane;
-    const uint32_t bits = word * 32 < visible.end ? k_bits[word] & bits_of_span(word, visible) : 0;
+    const uint32_t bits = word * 32 < visible.end ? k_bits[word] & bits_of_span<kMasked>(word, visible) : 0;
     for (uint32_t lanes = __ballot_sync(~0u, bits != 0); lanes != 0; lanes &= lanes - 1) {
       const int source = __ffs(lanes) - 1;
       for (uint32_t left = __shfl_sync(~0u, bits, source); left != 0; left &= left - 1) {
@@ -89,10 +113,11 @@ __device__ __forceinline__ bool keys_break(const RepairArguments& a, const char*
       }
     }
   }
-  return without_weight == visible.end - visible.begin;
+  return without_weight == count_seen<kMasked>(visible);
 }
 
 // Rows of queries that are not finite, a warp a word; the warp's lanes share the channels.
+template <bool kMasked>
 __device__ __forceinline__ void break_queries(const RepairArguments& a) {
   const int lane = threadIdx.x % 32, q_heads = a.kv_heads * a.group;
   const float nan = float_of(0x7fc00000u);
@@ -106,8 +131,7 @@ __device__ __forceinline__ void break_queries(const RepairArguments& a) {
       const Plane where{plane / q_heads, plane % q_heads};
       for (uint32_t left = __shfl_sync(~0u, bits, source); left != 0; left &= left - 1) {
         const int64_t row = word % a.q_words * 32 + __ffs(left) - 1;
-        const Span visible = visible_keys(a, row);
-        if (visible.begin == visible.end) continue;
+        if (count_seen<kMasked>(visible_keys<kMasked>(a, where, row)) == 0) continue;
         for (int c = lane; c < a.v.channels; c += 32) store_value(a.o, a.o_type, plane_of(a.o, where), row, c, nan);
         if (lane == 0 && a.lse.data != nullptr) float_at(a.lse, plane_of(a.lse, where), row, 0) = nan;
       }
@@ -115,13 +139,38 @@ __device__ __forceinline__ void break_queries(const RepairArguments& a) {
   }
 }
 
+// With a mask, taken by a warp: adds up the values that a row sees and that are not finite, of a channel a lane;
+// whether there are any.
+__device__ __forceinline__ bool add_seen_values(const RepairArguments& a, const char* v, const uint32_t* k_bits,
+                                                const uint32_t* v_bits, Span visible, int channel, float& sum) {
+  const int lane = threadIdx.x % 32;
+  bool any = false;
+  for (int64_t first = visible.begin / 32; first * 32 < visible.end; first += 32) {
+    const int64_t word = first + lane;
+    uint32_t bits = word * 32 < visible.end ? v_bits[word] & ~k_bits[word] : 0;
+    if (bits != 0) bits &= bits_of_span<true>(word, visible);
+    for (uint32_t lanes = __ballot_sync(~0u, bits != 0); lanes != 0; lanes &= lanes - 1) {
+      const int source = __ffs(lanes) - 1;
+      for (uint32_t left = __shfl_sync(~0u, bits, source); left != 0; left &= left - 1) {
+        if (channel >= a.v.channels) continue;
+        const float value = value_of(a.v, a.type, v, (first + source) * 32 + __ffs(left) - 1, channel);
+        if (is_finite(value)) continue;
+        sum += value;
+        any = true;
+      }
+    }
+  }
+  return any;
+}
+
 // Blocks share the rows of every flagged plane; where nothing is flagged they are done at once.
+template <bool kMasked>
 __global__ void __launch_bounds__(kThreads, 3) repair_kernel(const __grid_constant__ RepairArguments a) {
   ptx::let_next_kernel_start();
   ptx::wait_for_previous_kernel();
   bool any = false;
   for (int plane = threadIdx.x; plane < a.planes; plane += kThreads) any |= (a.flags[plane] & kNotFinite) != 0;
-  break_queries(a);
+  break_queries<kMasked>(a);
   if (!__syncthreads_or(any)) return;
 
   __shared__ bool broken[kRows];  // rows of NaN
@@ -147,25 +196,35 @@ __global__ void __launch_bounds__(kThreads, 3) repair_kernel(const __grid_consta
     __syncthreads();
     for (int r = warp; r < rows; r += kWarps) {
       const int64_t row = first_row + r;
-      const Span visible = visible_keys(a, row);
+      const Span visible = visible_keys<kMasked>(a, Plane{batch, head}, row);
       bool is_broken = false;
-      if (visible.begin < visible.end) {
+      if (count_seen<kMasked>(visible) > 0) {
         is_broken = (q_bits[row / 32] >> row % 32 & 1) != 0 ||
-                    ((flags & kKeyFlag) && keys_break(a, q, k, k_bits, row, visible));
+                    ((flags & kKeyFlag) && keys_break<kMasked>(a, q, k, k_bits, row, visible));
       }
       if (lane == 0) broken[r] = is_broken;
     }
     __syncthreads();
 
+    if constexpr (kMasked) {
+      for (int r = 0; r < rows; r++) {
+        const Span visible = visible_keys<kMasked>(a, Plane{batch, head}, first_row + r);
+        float sum = 0.0f;
+        const bool touched = (flags & kValueFlag) != 0 && add_seen_values(a, v, k_bits, v_bits, visible, channel, sum);
+        if (channel < a.v.channels && (touched || broken[r])) {
+          store_value(a.o, a.o_type, o, first_row + r, channel, broken[r] ? nan : sum);
+        }
+      }
+    }
     // A row sees the values that the row before it sees, and more, unless the window has moved off one that is not
     // finite. Those of a key that is not finite have no weight, or the row is broken.
-    if (channel < a.v.channels) {
+    if (!kMasked && channel < a.v.channels) {
       int64_t seen = 0, oldest = 0;
       float sum = 0.0f;
       bool touched = false;
       for (int r = 0; r < rows; r++) {
         const int64_t row = first_row + r;
-        const Span visible = visible_keys(a, row);
+        const Span visible = visible_keys<kMasked>(a, Plane{batch, head}, row);
         if (touched && oldest < visible.begin) {
           seen = 0;
           sum = 0.0f;
@@ -174,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 3) repair_kernel(const __grid_consta
         seen = max(seen, visible.begin);
         while ((flags & kValueFlag) && seen < visible.end) {
           const int64_t word = seen / 32;
-          uint32_t bits = v_bits[word] & ~k_bits[word] & bits_of_span(word, {seen, visible.end});
+          uint32_t bits = v_bits[word] & ~k_bits[word] & bits_of_span<kMasked>(word, {seen, visible.end});
           for (; bits != 0; bits &= bits - 1) {
             const int64_t key = word * 32 + __ffs(bits) - 1;
             const float value = value_of(a.v, a.type, v, key, channel);
@@ -220,10 +279,11 @@ void launch_sage2_repair(const Sage2Op& op, CUstream_st* stream) {
   const int64_t reach = op.q.tokens() + op.k.tokens();  // as good as no bound
   a.high = masking.after == kUnlimited ? reach : masking.offset + masking.after;
   a.low = masking.before == kUnlimited ? -reach : masking.offset - masking.before;
+  a.mask = make_tile_mask(masking.mask, {op.mask_tiles, op.mask_bits}, kBlockM);
   constexpr int64_t kMostBlocks = 264;
   const int64_t items = int64_t{a.planes} * a.group * a.chunks;
-  launch_overlapped(repair_kernel, static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks), kThreads, 0,
-                    stream, a);
+  launch_overlapped(masking.mask ? repair_kernel<true> : repair_kernel<false>,
+                    static_cast<unsigned>(items < kMostBlocks ? items : kMostBlocks), kThreads, 0, stream, a);
 }
 
 }  // namespace sage::cuda::sm90

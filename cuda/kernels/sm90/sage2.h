@@ -6,6 +6,10 @@
 
 struct CUstream_st;
 
+namespace sage::cuda {
+enum class TileState : uint8_t;
+}
+
 namespace sage::cuda::sm90 {
 
 // ---- tiles ------------------------------------------------------------------------------------------------------
@@ -81,10 +85,12 @@ struct Sage2Op {
   View q, k, v, o, lse;  // as given; lse may be absent
   bool adds_lse;         // to what lse holds: scale * q . k_mean
   Sage2Packed packed;
-  Masking masking;  // its window alone
+  Masking masking;  // its window and mask alone
   bool causal;
   float scale;
   Plan plan;
+  TileState* mask_tiles;  // as in MaskTiles, of kBlockM rows; where there is a mask
+  uint64_t* mask_bits;
 };
 
 // Means (in a long context: of a sample of the tokens), scales, codes, bits and flags, in one pass over Q, K and V.

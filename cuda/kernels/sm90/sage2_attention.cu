@@ -55,6 +55,7 @@ Sage2Params sage2::make_params(const Sage2Op& op) {
   params.longest_first = ends && !begins;
   params.whole_mean = op.plan.smooth_v;
   params.largest = largest_finite(op.v.dtype);
+  params.mask = make_tile_mask(masking.mask, {op.mask_tiles, op.mask_bits}, kBlockM);
   params.tiles = static_cast<int>((op.k.tokens() + op.plan.block_k - 1) / op.plan.block_k);
   return params;
 }
@@ -67,6 +68,13 @@ void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream) {
       case 64: return launch_sage2pp_d64(op, params, stream);
       case 128: return launch_sage2pp_d128(op, params, stream);
       default: return launch_sage2pp_d256(op, params, stream);
+    }
+  }
+  if (op.masking.mask) {
+    switch (op.plan.padded_head_dim) {
+      case 64: return launch_sage2_masked_d64(op, params, stream);
+      case 128: return launch_sage2_masked_d128(op, params, stream);
+      default: return launch_sage2_masked_d256(op, params, stream);
     }
   }
   switch (op.plan.padded_head_dim) {

@@ -21,6 +21,7 @@
 #include "half_sums.cuh"
 #include "launch.cuh"
 #include "sage2.h"
+#include "tile_mask.cuh"
 
 namespace sage::cuda::sm90::sage2 {
 
@@ -55,6 +56,7 @@ struct Sage2Params {
   bool begins;                     // low may be above the first key
   bool longest_first, whole_mean;  // whole_mean: V's first tile is less its mean too
   float largest;                   // that V can hold
+  TileMask mask;                   // where C::kBoolMask
 };
 
 Sage2Params make_params(const Sage2Op& op);
@@ -62,12 +64,15 @@ Sage2Params make_params(const Sage2Op& op);
 // kSmooth: queries are less the mean of their block, and what that takes from the scores of a key, one number for the
 // whole block, comes with the key. kSums: the row sums of P before it is rounded are wanted, for the log-sum-exp.
 // kBand: there is room for tiles of 16 bits (band_attention.cuh). kHalfSums: products with V are summed in FP16.
+// kBoolMask: a mask closes tiles, which are skipped, and hides keys of some others.
 template <int kHeadDim_, bool kFast_, bool kSmooth_ = false, bool kSums_ = false, bool kBand_ = false,
-          bool kHalfSums_ = false>
+          bool kHalfSums_ = false, bool kBoolMask_ = false>
 struct Sage2Config {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kFast = kFast_, kSmooth = kSmooth_, kSums = kSums_, kBand = kBand_, kHalfSums = kHalfSums_;
+  static constexpr bool kBoolMask = kBoolMask_;
   static_assert(!kFast || !kSums, "fast exponentials are codes from the start");
+  static_assert(!kBoolMask || !(kSmooth || kBand), "a mask goes with nothing that comes with tiles");
   // Scores leave the tensor core as floats, and what smoothing took is rounded to their unit: a trifle beside what
   // codes cost the scores, but more than an exact log-sum-exp may be off.
   static constexpr bool kCentred =
@@ -93,6 +98,9 @@ struct Sage2Config {
   static constexpr bool kEarlyCodes = kFast || kHeadDim == 256;
   // Misfits (see below) share what they can with others.
   static constexpr bool kFewRegisters = kBlockN == 256;
+  // There are registers for what a mask says of a tile while its scores are on their way.
+  static constexpr bool kHoldsSeen = kBoolMask && kHeadDim == 128;
+  static constexpr bool kLeanProducer = !kHoldsSeen;
   // The scores of the next item's first tile are issued before this item's output is stored.
   static constexpr bool kAhead = kQueryBuffers == 2;
 
@@ -108,7 +116,7 @@ struct Sage2Config {
   static constexpr int kKeyStage = aligned(kKeyBytes),
                        kValueStage = kBand ? std::max(aligned(kChunks * kChunkBytes), kBandValuesAt + 64 * kHeadDim * 2)
                                            : aligned(kChunks * kChunkBytes);
-  static constexpr int kItemsAt = 256, kOnesAt = 512, kRowsAt = 1024, kQueryAt = 2048,
+  static constexpr int kItemsAt = 256, kTakenAt = 320, kOnesAt = 512, kRowsAt = 1024, kQueryAt = 2048,
                        kKeyAt = kQueryAt + kQueryBuffers * kQueryBytes;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyStage, kTotalAt = kValueAt + kStages * kValueStage;
   // A number of the total.
@@ -330,7 +338,40 @@ __device__ __forceinline__ int shared_by_warp(int x) {
   return static_cast<int>(__reduce_or_sync(~0u, static_cast<uint32_t>(x)));
 }
 
-// An item as one lane sees it, on its way from its first tile to its last.
+// With a mask: beside the index of an item all of whose tiles are closed.
+constexpr uint32_t kNoTiles = 1u << 31;
+// What the producer says of a tile that it takes, in a word.
+constexpr uint32_t kTakenLast = 1, kTakenOpen = 2, kTakenTile = 4;
+
+// Keys of a tile that a mask shows to two rows. The lanes of a quad share the words of both, each of 32 keys: lane c
+// holds those of row g + 8 (c & 1).
+template <class C>
+struct SeenKeys {
+  const uint32_t* row;  // its words from key 0 on
+  uint32_t word[C::kBlockN / 64];
+
+  __device__ __forceinline__ void start(const Sage2Params& p, const Item& item) {
+    const int c = threadIdx.x % 4, own = item.block * kBlockM + row_of_block() + 8 * (c & 1);
+    row = reinterpret_cast<const uint32_t*>(p.mask.row(p.mask.plane(item.batch, item.head), own)) + (c >> 1);
+  }
+
+  __device__ __forceinline__ void fetch(const Sage2Params& p, int tile) {
+    constexpr int kColumns = C::kBlockN / kMaskTileKeys;
+#pragma unroll
+    for (int i = 0; i < kColumns; i++) {
+      const int column = tile * kColumns + i;
+      word[i] = column < p.mask.columns ? __ldg(row + 2 * column) : 0;
+    }
+  }
+
+  // Keys 32n + 2c and on, for row g + 8 half.
+  __device__ __forceinline__ uint32_t of(int half, int n) const {
+    return __shfl_sync(~0u, word[n / 2], 2 * (n & 1) + half, 4) >> 2 * (threadIdx.x % 4);
+  }
+};
+
+// An item as one lane sees it, on its way from its first tile to its last. With a mask the producer says which those
+// are, tiles count from the first key, and 0 stands for one that is not known yet.
 template <class C>
 struct Course {
   uint32_t index;            // of the item
@@ -338,27 +379,53 @@ struct Course {
   int first_row, first_key;  // of the block, and of its tile 0
   uint32_t first_tile;       // that any row sees, among those of all planes
   float q_scale, next_k_scale;
+  uint32_t taken;  // of the tile in work
+  SeenKeys<C> seen;
   int last_open;                       // key that every row sees, or kFlagged
   static constexpr int kFlagged = -1;  // a key of the plane is not finite
 
   Course() = default;
-  __device__ __forceinline__ Course(const Sage2Params& p, uint32_t index) : index(index) {
+  __device__ __forceinline__ Course(const Sage2Params& p, uint32_t word)
+      : index(C::kBoolMask ? word & ~kNoTiles : word) {
     if (index >= p.items) return;
     const Item item = item_at<C>(p, index);
     first_row = item.block * kBlockM;
-    tile = shared_by_warp(item.end_tile - item.first_tile) - 1;
-    if (tile < 0) return;
-    const int first = shared_by_warp(item.first_tile);
+    if constexpr (C::kBoolMask) {
+      tile = word & kNoTiles ? -1 : 0;
+      if (tile < 0) return;
+      if (C::kHoldsSeen) seen.start(p, item);
+    } else {
+      tile = shared_by_warp(item.end_tile - item.first_tile) - 1;
+      if (tile < 0) return;
+    }
+    const int first = C::kBoolMask ? 0 : shared_by_warp(item.first_tile);
     first_tile = item.kv_plane * p.tiles + first;
     first_key = first * C::kBlockN;
     const int64_t sixteen = (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * 8 + threadIdx.x / 32;
     q_scale = __ldg(p.packed.q_scales + sixteen * 8 + threadIdx.x % 32 / 4);
-    next_k_scale = key_scale(p, tile);
+    if (!C::kBoolMask) next_k_scale = key_scale(p, tile);
     const uint32_t flags = __reduce_or_sync(~0u, __ldg(p.packed.flags + item.kv_plane));
     last_open = flags & kKeyFlag ? kFlagged : max(last_key(p, first_row), 0);
   }
 
-  // Whether some row of the block does not see some key of the tile.
+  // Takes the next tile into work; false: there is none.
+  __device__ __forceinline__ bool next() {
+    if constexpr (C::kBoolMask) return !(taken & kTakenLast);
+    return --tile >= 0;
+  }
+
+  // With a mask: which one that is.
+  __device__ __forceinline__ void take(const Sage2Params& p, uint32_t word) {
+    taken = word;
+    tile = static_cast<int>(word / kTakenTile);
+    next_k_scale = key_scale(p, tile);
+    if (C::kHoldsSeen && hides()) seen.fetch(p, tile);
+  }
+
+  // Whether the mask hides keys of the tile.
+  __device__ __forceinline__ bool hides() const { return C::kBoolMask && !(taken & kTakenOpen); }
+
+  // Whether windows hide some key of the tile from some row of the block.
   __device__ __forceinline__ bool is_border(const Sage2Params& p) const {
     const int first = first_key + tile * C::kBlockN, last_row = min(first_row + kBlockM, p.q_tokens) - 1;
     return first < sage2::first_key(p, last_row) || first + C::kBlockN - 1 > last_open;
@@ -376,7 +443,7 @@ struct Course {
   // The same; fetches the next tile's.
   __device__ __forceinline__ float factor(const Sage2Params& p) {
     const float factor = next_factor();
-    if (tile > 0) next_k_scale = key_scale(p, tile - 1);
+    if (!C::kBoolMask && tile > 0) next_k_scale = key_scale(p, tile - 1);
     return factor;
   }
 };
@@ -407,6 +474,24 @@ __device__ __forceinline__ void mask(const Sage2Params& p, int (&s)[C::kScores],
 #pragma unroll
   for (int i = 0; i < C::kScores; i++) {
     if (i / 4 * 8 + (i & 1) < least[i >> 1 & 1]) s[i] = kMaskedScore<C>;
+  }
+}
+
+// Keys that the mask hides.
+template <class C>
+__device__ __forceinline__ void mask_unseen(const Sage2Params& p, int (&s)[C::kScores], Course<C>& course) {
+  SeenKeys<C> seen = course.seen;
+  if constexpr (!C::kHoldsSeen) {
+    seen.start(p, item_at<C>(p, course.index));
+    seen.fetch(p, course.tile);
+  }
+#pragma unroll
+  for (int n = 0; n < C::kBlockN / 32; n++) {
+    const uint32_t bits[2] = {seen.of(0, n), seen.of(1, n)};
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+      if (!(bits[i >> 1 & 1] >> (i / 4 * 8 + (i & 1)) & 1)) s[16 * n + i] = kMaskedScore<C>;
+    }
   }
 }
 
@@ -661,8 +746,12 @@ __device__ __forceinline__ bool softmax(const Sage2Params& p, int (&s)[C::kScore
   const float factor = course.factor(p);
   const bool masked = course.is_border(p), flagged = course.last_open == course.kFlagged;
   bool any = C::kFast ? flagged : masked;
+  if constexpr (C::kBoolMask && !C::kFast) any |= course.hides();
   if (C::kFast) any |= __any_sync(~0u, !(factor >= kLeastFactor && factor < kMostFactor));
   if (masked) mask<C>(p, s, course);
+  if constexpr (C::kBoolMask) {
+    if (course.hides()) mask_unseen<C>(p, s, course);
+  }
   if (any) {
     if (flagged) mask_flagged<C>(p, s, course);
     return softmax_whole<C, true>(s, e, state, factor, shifts, rescale);
@@ -686,6 +775,9 @@ __device__ __forceinline__ bool softmax_centred(const Sage2Params& p, int (&s)[C
   if (course.is_border(p)) {
     mask<C>(p, s, course);
     if (course.last_open == course.kFlagged) mask_flagged<C>(p, s, course);
+  }
+  if constexpr (C::kBoolMask) {
+    if (course.hides()) mask_unseen<C>(p, s, course);
   }
   if constexpr (C::kFast) {
     if (misfit) return softmax_whole<C, true>(s, e, state, factor, shifts, rescale);
@@ -848,8 +940,11 @@ __device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& ite
   const int c = threadIdx.x % 4;
   const float* scales = p.packed.v_scales + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
   const float* means = p.packed.v_mean + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
-  const bool visible_row[2] = {last_key(p, first_row) >= first_key(p, first_row),
-                               last_key(p, first_row + 8) >= first_key(p, first_row + 8)};
+  bool visible_row[2] = {last_key(p, first_row) >= first_key(p, first_row),
+                         last_key(p, first_row + 8) >= first_key(p, first_row + 8)};
+  if constexpr (C::kBoolMask) {  // a maximum's P is never 0
+    visible_row[0] = state.sum[0] > 0.0f, visible_row[1] = state.sum[1] > 0.0f;
+  }
 #pragma unroll
   for (int n = 0; n < C::kHeadDim / 8; n++) {
     float2 scale = {1.0f, 1.0f}, mean = {};
@@ -927,13 +1022,15 @@ struct Rings {
   Ring<C::kStages> keys, values;  // with keys comes what smoothing took from their scores
   Ring<C::kQueryBuffers> queries;
   uint32_t* items;  // whose queries are in a buffer; kNoItem: there are no more
+  uint32_t* taken;  // with a mask: the tile in a stage
   static constexpr uint32_t kNoItem = ~0u;
 
   __device__ __forceinline__ Rings(uint8_t* shared, uint32_t base)
       : keys{base},
         values{base + Ring<C::kStages>::kBytes},
         queries{base + 2 * Ring<C::kStages>::kBytes},
-        items(reinterpret_cast<uint32_t*>(shared + C::kItemsAt)) {}
+        items(reinterpret_cast<uint32_t*>(shared + C::kItemsAt)),
+        taken(reinterpret_cast<uint32_t*>(shared + C::kTakenAt)) {}
 };
 
 template <class C>
@@ -992,6 +1089,112 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
   ptx::barrier_arrive(rings.queries.full(query.index));
 }
 
+// The tiles of an item that a mask does not close, from right to left. A warp looks at several, a tile of the mask a
+// lane; that takes few registers, as a warp that copies has few.
+template <class C>
+struct OpenTiles {
+  static constexpr int kParts = C::kBlockN / kMaskTileKeys, kTiles = 32 / kParts;  // of a tile; of a look
+  const Sage2Params& p;
+  uint32_t index;        // of the item
+  int end;               // of the tiles not looked at yet
+  uint32_t untaken = 0;  // of the kTiles right of that, kParts bits each: some row sees some key, every row every key
+
+  __device__ __forceinline__ OpenTiles(const Sage2Params& p, uint32_t index)
+      : p(p), index(index), end(item_at<C>(p, index).end_tile) {
+    look();
+  }
+
+  __device__ __forceinline__ bool are_left() const { return untaken != 0; }
+
+  // The next of them, in a word for the consumers.
+  __device__ __forceinline__ uint32_t take() {
+    const int at = __ffs(static_cast<int>(untaken)) - 1;
+    const uint32_t word =
+        static_cast<uint32_t>(end + kTiles - 1 - at / kParts) * kTakenTile | (untaken >> at & 2 ? kTakenOpen : 0);
+    untaken &= ~(3u << at);
+    look();
+    return are_left() ? word : word | kTakenLast;
+  }
+
+ private:
+  __device__ __forceinline__ void look() {
+#pragma unroll 1
+    while (untaken == 0) {
+      const Item item = item_at<C>(p, index);
+      if (end <= item.first_tile) return;
+      const int lane = threadIdx.x % 32, column = end * kParts - 1 - lane;
+      const bool there = column >= max(item.first_tile, end - kTiles) * kParts && column < p.mask.columns;
+      TileState state = TileState::kClosed;
+      if (there) state = p.mask.at(p.mask.plane(item.batch, item.head), item.block, column);
+      uint32_t some = __ballot_sync(~0u, state != TileState::kClosed);
+      uint32_t every = __ballot_sync(~0u, !there || state == TileState::kOpen);
+      uint32_t firsts = 0;
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile++) firsts |= 1u << tile * kParts;
+#pragma unroll
+      for (int part = 1; part < kParts; part++) some |= some >> 1, every &= every >> 1;
+      some &= firsts;
+      untaken = some | (some & every) << 1;
+      end -= kTiles;
+    }
+  }
+};
+
+// With a mask: a warp finds the tiles, and its first lane copies them.
+template <class C>
+__device__ __forceinline__ void copy_open_tiles(const Sage2Params& p, uint32_t shared, const Rings<C>& rings) {
+  const bool leads = threadIdx.x % 32 == 0;
+  Slot<C::kStages> slot;
+  uint32_t items = 0;  // so far
+  const auto buffer = [&] { return items % C::kQueryBuffers; };
+  const auto take_query_buffer = [&](uint32_t word) {
+    ptx::barrier_wait(rings.queries.empty(buffer()), (items / C::kQueryBuffers & 1) ^ 1);
+    atomicExch(rings.items + buffer(), word);
+  };
+  const auto copy = [&](uint32_t index, uint32_t word, bool first) {
+    const uint32_t i = slot.index, tile = item_at<C>(p, index).kv_plane * p.tiles + word / kTakenTile;
+    const int64_t from = static_cast<int64_t>(tile) * C::kKeyBytes;
+    ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
+    atomicExch(rings.taken + i, word);
+    ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes);
+    ptx::copy_bulk(shared + C::kKeyAt + i * C::kKeyStage, p.packed.k + from, C::kKeyBytes, rings.keys.full(i));
+    if (first) {
+      const Item item = item_at<C>(p, index);
+      const int64_t block = static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block;
+      take_query_buffer(index);
+      ptx::barrier_expect(rings.queries.full(buffer()), C::kQueryBytes);
+      ptx::copy_bulk(shared + C::kQueryAt + buffer() * C::kQueryBytes, p.packed.q + block * C::kQueryBytes,
+                     C::kQueryBytes, rings.queries.full(buffer()));
+    }
+    ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
+    ptx::barrier_expect(rings.values.full(i), C::kKeyBytes);
+#pragma unroll
+    for (int chunk = 0; chunk < C::kChunks; chunk++) {
+      constexpr int kBytes = C::kHeadDim * C::kVWidth;
+      ptx::copy_bulk(shared + C::kValueAt + i * C::kValueStage + chunk * C::kChunkBytes,
+                     p.packed.v + from + chunk * kBytes, kBytes, rings.values.full(i));
+    }
+    slot.next();
+  };
+  for (uint32_t index = blockIdx.x; index < p.items;) {
+    OpenTiles<C> tiles(p, index);
+    if (!tiles.are_left() && leads) {
+      take_query_buffer(index | kNoTiles);
+      ptx::barrier_arrive(rings.queries.full(buffer()));
+    }
+#pragma unroll 1
+    for (bool first = true; tiles.are_left(); first = false) {
+      const uint32_t word = tiles.take();
+      if (leads) copy(index, word, first);
+    }
+    items++;
+    index = __reduce_or_sync(~0u, leads ? static_cast<uint32_t>(atomicAdd(p.packed.next_item, 1)) : 0u) + gridDim.x;
+  }
+  if (!leads) return;
+  take_query_buffer(rings.kNoItem);
+  ptx::barrier_arrive(rings.queries.full(buffer()));
+}
+
 // ---- a warpgroup that multiplies ------------------------------------------------------------------------------------
 
 template <class C>
@@ -1023,6 +1226,13 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   Slot<C::kStages> slot;
   Slot<C::kQueryBuffers> query;
   if (C::kTurns && group == kGroups - 1) ptx::turn_pass<128 * kGroups>(1);
+
+  // With a mask: what the producer says of the tile in the slot.
+  const auto take_tile = [&](Course<C>& of) {
+    if constexpr (C::kBoolMask) {
+      of.take(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.taken + slot.index, 0u) : 0u));
+    }
+  };
 
   int s[C::kScores];
   // Scores of the first tile, where there is one; else of whatever lies there, which nobody will read.
@@ -1072,6 +1282,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
     if (course.tile >= 0) {
       uint32_t weights[C::kWeights];
       float rescale[2];
+      take_tile(course);
       if (!C::kSmooth) release_keys(slot.index);
       {
         Exponentials<C> e;
@@ -1099,9 +1310,10 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       };
 
 #pragma unroll 1
-      while (--course.tile >= 0) {
+      while (course.next()) {
         Exponentials<C> e;
         ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
+        take_tile(course);
         [[maybe_unused]] bool misfit = false;
         if constexpr (C::kCentred && C::kSmooth) {
           const float factor = course.next_factor();
@@ -1162,6 +1374,8 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       ptx::pin(weights);
       ptx::product_fence();
       issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed);
+      [[maybe_unused]] bool ends_at_first_key = false;
+      if constexpr (C::kBoolMask) ends_at_first_key = course.tile == 0;
       if (C::kAhead) {
         course = next_course();
         issue_first(course);
@@ -1172,7 +1386,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       ptx::pin(o);
       ptx::pin(sums);
       done(rings.values.empty(before.index));
-      const bool ends_at_first = item_at<C>(p, index).first_tile == 0;
+      const bool ends_at_first = C::kBoolMask ? ends_at_first_key : item_at<C>(p, index).first_tile == 0;
       const float first[2] = {row_sum(0), row_sum(1)};
       take_sums();
 #pragma unroll
@@ -1234,10 +1448,14 @@ __global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constan
   ptx::wait_for_previous_kernel();
 
   if (group == kGroups) {
-    ptx::shrink_registers<24>();  // 24 + 2 * 240 is what three warpgroups of 168 have
-    if (threadIdx.x == 128 * kGroups) copy_tiles<C>(p, base, rings);
+    ptx::shrink_registers<C::kLeanProducer ? 24 : 40>();  // 24 + 2 * 240 is what three warpgroups of 168 have
+    if constexpr (C::kBoolMask) {
+      if (threadIdx.x / 32 == 4 * kGroups) copy_open_tiles<C>(p, base, rings);
+    } else {
+      if (threadIdx.x == 128 * kGroups) copy_tiles<C>(p, base, rings);
+    }
   } else {
-    ptx::grow_registers<240>();
+    ptx::grow_registers<C::kLeanProducer ? 240 : 232>();
     multiply_items<C>(p, shared, base, rings, group);
   }
 }

@@ -40,11 +40,23 @@ void launch_half_sums(const Sage2Op& op, const Sage2Params& params, cudaStream_t
   launch<Sage2Config<kHeadDim, false, false, false, false, true>>(params, stream);
 }
 
+// The sums of exact exponentials cost little: one instance serves calls with a log-sum-exp and without.
+template <int kHeadDim>
+void launch_masked(const Sage2Op& op, const Sage2Params& params, cudaStream_t stream) {
+  if (op.plan.fast_exponential) {
+    return launch<Sage2Config<kHeadDim, true, false, false, false, false, true>>(params, stream);
+  }
+  launch<Sage2Config<kHeadDim, false, false, true, false, false, true>>(params, stream);
+}
+
 }  // namespace sage2
 
 void launch_sage2_d64(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
 void launch_sage2_d128(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
 void launch_sage2_d256(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+void launch_sage2_masked_d64(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+void launch_sage2_masked_d128(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
+void launch_sage2_masked_d256(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
 void launch_sage2pp_d64(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
 void launch_sage2pp_d128(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);
 void launch_sage2pp_d256(const Sage2Op& op, const sage2::Sage2Params& params, cudaStream_t stream);

@@ -14,6 +14,10 @@ struct TileMask {
 
   __device__ __forceinline__ int plane(int batch, int head) const { return batch * batch_step + head * head_step; }
 
+  __device__ __forceinline__ TileState at(int plane, int q_block, int column) const {
+    return tiles[(int64_t{plane} * q_blocks + min(q_block, q_blocks - 1)) * columns + column];
+  }
+
   // Of kKeys keys: where all of their tiles are closed, or open, so are they.
   template <int kKeys>
   __device__ __forceinline__ TileState state(int plane, int q_block, int tile) const {
@@ -31,9 +35,14 @@ struct TileMask {
     return closed ? TileState::kClosed : open ? TileState::kOpen : TileState::kHides;
   }
 
-  // Of kMaskTileKeys keys, a bit each; none beyond the last.
+  // Columns of a row: of kMaskTileKeys keys, a bit each.
+  __device__ __forceinline__ const uint64_t* row(int plane, int row) const {
+    return bits + (int64_t{plane} * rows + min(row, rows - 1)) * columns;
+  }
+
+  // One of them; none beyond the last.
   __device__ __forceinline__ uint64_t visible(int plane, int row, int column) const {
-    return column < columns ? bits[(int64_t{plane} * rows + min(row, rows - 1)) * columns + column] : 0;
+    return column < columns ? this->row(plane, row)[column] : 0;
   }
 };
 
