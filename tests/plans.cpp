@@ -194,9 +194,9 @@ void check_hopper_masks() {
     CHECK(reason.find(std::string("by the portable kernel, as ") + words) != std::string::npos, reason);
   };
   expect(reason_of([](AttentionShape& shape, sage_attention_options&) { shape.masking.mask.dtype = DType::kF16; }),
-         "keys or scores are masked");
+         "scores are masked or changed");
   expect(reason_of([](AttentionShape& shape, sage_attention_options&) { shape.masking.softcap = 5; }),
-         "keys or scores are masked");
+         "scores are masked or changed");
   expect(reason_of([](AttentionShape&, sage_attention_options& options) { options.smooth_q = SAGE_ON; }),
          "keys are masked and queries smoothed");
   expect(reason_of([](AttentionShape&, sage_attention_options& options) { options.kernel = SAGE_KERNEL_SAGE2PP; }),

@@ -101,9 +101,9 @@ kernelTest("runs by the same code with a bool mask and without", (device) => {
     if (!own(x)) continue;
     assertStringIncludes(plain.implementation, "sm_90a");
     const others: [AttentionOptions, string][] = [
-      [{ mask: added }, "keys or scores are masked"],
-      [{ mask, sinks }, "keys or scores are masked"],
-      [{ mask, softcap: 5 }, "keys or scores are masked"],
+      [{ mask: added }, "scores are masked or changed"],
+      [{ mask, sinks }, "scores are masked or changed"],
+      [{ mask, softcap: 5 }, "scores are masked or changed"],
       [{ mask, smoothQ: true }, "keys are masked and queries smoothed"],
       [{ mask, band: true, causal: true }, "keys are masked beside a band"],
       [{ mask, kernel: "sage2++" }, "keys are masked in sage2++"],
