@@ -120,7 +120,7 @@ export interface BuildInfo {
  * import { buildInfo } from "@sage/attention";
  * import { assertEquals } from "@std/assert";
  *
- * assertEquals(buildInfo().abiVersion, 2);
+ * assertEquals(buildInfo().abiVersion, 3);
  * ```
  */
 export function buildInfo(): BuildInfo {

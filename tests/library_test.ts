@@ -5,7 +5,7 @@ import { libraryPath } from "./devices.ts";
 
 const moduleUrl = new URL("../mod.ts", import.meta.url).href;
 const config = decodeURIComponent(new URL("../deno.json", import.meta.url).pathname);
-const hasCuda = buildInfo().cudaVersion !== "";
+const { abiVersion, cudaVersion } = buildInfo(), hasCuda = cudaVersion !== "";
 const hasGpu = Device.list().length > 1;
 
 interface Outcome {
@@ -152,13 +152,17 @@ Deno.test("a library of another ABI version is refused before anything else is a
     const path = await compile(folder, "other.so", "int sage_abi_version(void) { return 999; }");
     await refusesLibrary(path, [
       "LibraryNotFoundError abi-mismatch",
-      "ABI version must be 2: current value is 999",
+      `ABI version must be ${abiVersion}: current value is 999`,
     ]);
   }));
 
 Deno.test("a library of the right version that lacks functions is a LibraryNotFoundError", () =>
   inFolder(async (folder) => {
-    const path = await compile(folder, "part.so", "int sage_abi_version(void) { return 2; }");
+    const path = await compile(
+      folder,
+      "part.so",
+      `int sage_abi_version(void) { return ${abiVersion}; }`,
+    );
     await refusesLibrary(path, ["LibraryNotFoundError library-unusable", "sage_"]);
   }));
 
