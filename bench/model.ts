@@ -87,29 +87,62 @@ function solve(matrix: number[][], right: number[]): number[] | undefined {
 
 /** Numbers from 0 up with the least relative squared error: features · numbers ≈ 1, every feature over its value. */
 export function fit(features: readonly number[][]): number[] {
-  const count = features[0].length;
+  return fitScaled(features, (rows) => fitWeighted(rows, rows.map(() => 1)));
+}
+
+const rounds = 100;
+
+/**
+ * The same with the least largest error: the weights of rows grow with their errors, round by round (Lawson's
+ * algorithm).
+ */
+export function fitLargest(features: readonly number[][]): number[] {
+  return fitScaled(features, (rows) => {
+    let best: number[] = [], least = Infinity, weights = rows.map(() => 1);
+    for (let round = 0; round < rounds && least > 1e-9; ++round) {
+      const found = fitWeighted(rows, weights);
+      const errors = rows.map((row) => Math.abs(dot(row, found) - 1));
+      const largest = Math.max(...errors);
+      if (largest < least) [best, least] = [found, largest];
+      const grown = weights.map((weight, i) => weight * errors[i]);
+      const sum = grown.reduce((a, b) => a + b);
+      weights = grown.map((weight) => weight / sum);
+    }
+    return best;
+  });
+}
+
+/** Fits with features between 0 and 1. */
+function fitScaled(
+  features: readonly number[][],
+  fitRows: (rows: readonly number[][]) => number[],
+): number[] {
   const scale = features[0].map((_, i) => Math.max(...features.map((row) => row[i])));
-  const best = fitScaled(features.map((row) => row.map((value, i) => value / scale[i])), count);
+  const best = fitRows(features.map((row) => row.map((value, i) => value / scale[i])));
   return best.map((value, i) => value / scale[i]);
 }
 
-/** The same with features between 0 and 1: every choice of those above 0 is solved, the best that is possible wins. */
-function fitScaled(features: readonly number[][], count: number): number[] {
+function dot(a: readonly number[], b: readonly number[]): number {
+  return a.reduce((sum, value, i) => sum + value * b[i], 0);
+}
+
+/** Least squares of weighted rows: every choice of numbers above 0 is solved, the best that is possible wins. */
+function fitWeighted(features: readonly number[][], weights: readonly number[]): number[] {
+  const count = features[0].length;
   let best: number[] = new Array(count).fill(0), least = Infinity;
   for (let subset = 1; subset < 2 ** count; ++subset) {
     const used = Array.from({ length: count }, (_, i) => i).filter((i) => subset >> i & 1);
-    const dot = (f: (row: number[]) => number) => features.reduce((sum, row) => sum + f(row), 0);
+    const sum = (f: (row: number[]) => number) =>
+      features.reduce((sum, row, i) => sum + weights[i] * f(row), 0);
     const found = solve(
-      used.map((i) => used.map((j) => dot((row) => row[i] * row[j]))),
-      used.map((i) => dot((row) => row[i])),
+      used.map((i) => used.map((j) => sum((row) => row[i] * row[j]))),
+      used.map((i) => sum((row) => row[i])),
     );
     if (!found || found.some((value) => value < 0)) continue;
-    const error = dot((row) => (used.reduce((sum, i, k) => sum + row[i] * found[k], 0) - 1) ** 2);
-    if (error < least) {
-      least = error;
-      best = new Array(count).fill(0);
-      used.forEach((i, k) => best[i] = found[k]);
-    }
+    const all: number[] = new Array(count).fill(0);
+    used.forEach((i, k) => all[i] = found[k]);
+    const error = sum((row) => (dot(row, all) - 1) ** 2);
+    if (error < least) [best, least] = [all, error];
   }
   return best;
 }
@@ -145,10 +178,16 @@ export function fitTime(
   const used = fittedOf(rows).filter((row) => inDomain(shapeOf(row), sms));
   if (used.length < 5 || clockMHz === undefined) return;
   const queriesAtOnce = used[0].queriesAtOnce ?? blockRows;
-  const [perTile, perBlock, perMask, launch] = fit(used.map((row) => {
-    const { tiles, blocks, masked } = workOf(shapeOf(row), sms, queriesAtOnce);
-    return [tiles, blocks, masked, 1].map((value) => value / row.ms);
-  }));
+  const works = used.map((row) => workOf(shapeOf(row), sms, queriesAtOnce));
+  // Where all have about as many blocks, what a call takes is part of what its blocks take.
+  const blocks = works.map(({ blocks }) => blocks);
+  const call = Math.max(...blocks) > 1.5 * Math.min(...blocks) ? [1] : [];
+  const [perTile, perBlock, perMask, launch = 0] = fitLargest(
+    used.map(({ ms }, i) => {
+      const { tiles, blocks, masked } = works[i];
+      return [tiles, blocks, masked, ...call].map((value) => value / ms);
+    }),
+  );
   return {
     cyclesPerTile: perTile * clockMHz * 1e3,
     cyclesPerBlock: perBlock * clockMHz * 1e3,

@@ -9,6 +9,7 @@ import { fileName } from "../bench/machine.ts";
 import { measureTogether, RandomTensors, summarize, Timed } from "../bench/measure.ts";
 import {
   fit,
+  fitLargest,
   fitMemory,
   fitTime,
   inDomain,
@@ -178,6 +179,18 @@ Deno.test("fit() finds the numbers, none below 0", () => {
   assertAlmostEquals(exact[0], 2, 1e-9);
   assertAlmostEquals(exact[1], 3, 1e-9);
   assertEquals(fit([row(1, 1, 1), row(2, 1, 3), row(3, 1, 5)])[1], 0);
+});
+
+Deno.test("fitLargest() finds the numbers whose largest relative error is least", () => {
+  const row = (a: number, value: number) => [a / value];
+  // 2x between 1 and 3: errors of 2x/1 - 1 and 2x/3 - 1 are as large where x is 3/4; squares weigh the first more.
+  assertAlmostEquals(fitLargest([row(2, 1), row(2, 3)])[0], 0.75, 1e-6);
+  assertAlmostEquals(fit([row(2, 1), row(2, 3)])[0], 0.6, 1e-9);
+  // However many agree on one of them.
+  const many = [row(2, 1), ...Array.from({ length: 9 }, () => row(2, 3))];
+  assertAlmostEquals(fitLargest(many)[0], 0.75, 1e-6);
+  const exact = fitLargest([row(2, 4), row(3, 6)]);
+  assertAlmostEquals(exact[0], 2, 1e-9);
 });
 
 Deno.test("fitTime() finds the constants of rows that obey the model", () => {
