@@ -223,3 +223,29 @@ export async function run(
 export function bits(values: Values): Uint32Array {
   return new Uint32Array(values.map((value) => Number.isNaN(value) ? NaN : value).buffer);
 }
+
+/** Output and log-sum-exp of all rows. */
+type Rows = { out: Values; lse: Values };
+
+/**
+ * Row i must be that of `good`, but where it sees a value that is not finite: of key keys[n], in channel 8n.
+ */
+export function checkSeenValues(
+  good: Rows,
+  bad: Rows,
+  i: number,
+  channels: number,
+  keys: readonly number[],
+  sees: (key: number) => boolean,
+  what: string,
+): void {
+  const row = bad.out.subarray(i * channels, (i + 1) * channels);
+  const expected = good.out.slice(i * channels, (i + 1) * channels);
+  for (const [n, key] of keys.entries()) {
+    if (!sees(key)) continue;
+    assert(!Number.isFinite(row[8 * n]), `${what}: row ${i} sees value ${key}`);
+    expected[8 * n] = row[8 * n];
+  }
+  assertEquals(bits(row), bits(expected), `${what}: row ${i}`);
+  assertEquals(bad.lse[i], good.lse[i], `${what}: lse of row ${i}`);
+}

@@ -197,6 +197,15 @@ void check_hopper_masks() {
          "scores are masked or changed");
   expect(reason_of([](AttentionShape& shape, sage_attention_options&) { shape.masking.softcap = 5; }),
          "scores are masked or changed");
+  expect(reason_of([](AttentionShape& shape, sage_attention_options&) { shape.masking.sinks = shape.masking.mask; }),
+         "scores are masked or changed");
+  expect(reason_of([](AttentionShape& shape, sage_attention_options& options) {
+           shape.masking.after = 0;
+           shape.causal = true;
+           options.causal = 1;
+           options.band = SAGE_ON;
+         }),
+         "keys are masked beside a band");
   expect(reason_of([](AttentionShape&, sage_attention_options& options) { options.smooth_q = SAGE_ON; }),
          "keys are masked and queries smoothed");
   expect(reason_of([](AttentionShape&, sage_attention_options& options) { options.kernel = SAGE_KERNEL_SAGE2PP; }),
