@@ -22,7 +22,7 @@ import {
   worstDifference,
 } from "./attention.ts";
 import { download, type Lengths, poisoned, randomProblem, uploadProblem } from "./devices.ts";
-import { referenceAttention, uniform } from "./reference.ts";
+import { type Dims, referenceAttention, uniform } from "./reference.ts";
 import {
   bounds,
   boundsOf,
@@ -35,6 +35,59 @@ import {
   solve,
   variants,
 } from "./sage2.ts";
+
+// ---- queries ------------------------------------------------------------------------------------------
+
+/** The same rows with zeros at their ends. */
+function padded(values: Float32Array, channels: number, to: number): Float32Array {
+  const rows = values.length / channels, out = new Float32Array(rows * to);
+  for (let row = 0; row < rows; ++row) {
+    out.set(values.subarray(row * channels, (row + 1) * channels), row * to);
+  }
+  return out;
+}
+
+// Rows that cannot be copied as they lie are gathered value by value.
+kernelTest("makes the same of rows that end in zeros", async (device) => {
+  for (const [channels, to] of [[36, 40], [61, 64], [92, 96], [127, 128]]) {
+    const lengths = {
+      batch: 2,
+      heads: 4,
+      kvHeads: 2,
+      queries: 417,
+      keys: 555,
+      channels,
+      width: 40,
+    };
+    for (const dtype of ["f16", "bf16"] as const) {
+      const problem = randomProblem(lengths, dtype, channels);
+      problem.q[5 * channels + 3] = NaN;
+      problem.q[(417 + 140) * channels + 8] = Infinity;
+      problem.q[(417 * 8 - 1) * channels] = -Infinity;
+      problem.q.fill(0, 300 * channels, 317 * channels);
+      problem.q[200 * channels + 1] = 60000;
+      const dims = ([batch, heads, tokens]: Dims): Dims => [batch, heads, tokens, to];
+      const wide: FloatProblem = {
+        ...problem,
+        q: padded(problem.q, channels, to),
+        k: padded(problem.k, channels, to),
+        qDims: dims(problem.qDims),
+        kDims: dims(problem.kDims),
+      };
+      for (const variant of variants) {
+        for (const causal of [false, true]) {
+          const options = { ...optionsOf(variant), causal, scale: 0.1 };
+          const short = await solve(device, problem, dtype, options);
+          const long = await solve(device, wide, dtype, options);
+          const what = `${variant} ${dtype} D${channels}`;
+          assertEquals(bits(long.out), bits(short.out), what);
+          assertEquals(bits(long.lse), bits(short.lse), `lse of ${what}`);
+          assertEquals(long.out.filter(Number.isNaN).length, 3 * 40, `rows of NaN of ${what}`);
+        }
+      }
+    }
+  }
+});
 
 // ---- options ------------------------------------------------------------------------------------------
 

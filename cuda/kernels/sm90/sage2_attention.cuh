@@ -100,9 +100,11 @@ struct Sage2Config {
   static constexpr bool kFewRegisters = kBlockN == 256;
   // There are registers for what a mask says of a tile while its scores are on their way.
   static constexpr bool kHoldsSeen = kBoolMask && kHeadDim == 128;
-  static constexpr bool kLeanProducer = !kHoldsSeen;
+  static constexpr bool kLeanProducer = !(kBoolMask && kHeadDim < 256);
   // The scores of the next item's first tile are issued before this item's output is stored.
   static constexpr bool kAhead = kQueryBuffers == 2;
+  // Tiles before an item's end where the next one is claimed.
+  static constexpr int kClaimTiles = 10;
 
   static constexpr bool kOnesInV = kHeadDim < 256;  // else they are a product of their own
   static constexpr int kValueWidth = kHeadDim + (kOnesInV ? 8 : 0);
@@ -118,6 +120,8 @@ struct Sage2Config {
                                            : aligned(kChunks * kChunkBytes);
   static constexpr int kItemsAt = 256, kTakenAt = 320, kOnesAt = 512, kRowsAt = 1024, kQueryAt = 2048,
                        kKeyAt = kQueryAt + kQueryBuffers * kQueryBytes;
+  // Scales of the queries in a buffer, behind the ones that D 256 alone has there.
+  static constexpr int kScaleBytes = 4 * kBlockM / 2, kScalesAt = kRowsAt - kQueryBuffers * kScaleBytes;
   static constexpr int kValueAt = kKeyAt + kStages * kKeyStage, kTotalAt = kValueAt + kStages * kValueStage;
   // A number of the total.
   static constexpr int kTotalBytes = kHeadDim == 256 || (kHeadDim == 128 && !kFast && !kBand) ? 2 : 4;
@@ -385,7 +389,8 @@ struct Course {
   static constexpr int kFlagged = -1;  // a key of the plane is not finite
 
   Course() = default;
-  __device__ __forceinline__ Course(const Sage2Params& p, uint32_t word)
+  // q_scales: of the block, in shared memory.
+  __device__ __forceinline__ Course(const Sage2Params& p, uint32_t word, const float* q_scales)
       : index(C::kBoolMask ? word & ~kNoTiles : word) {
     if (index >= p.items) return;
     const Item item = item_at<C>(p, index);
@@ -401,8 +406,7 @@ struct Course {
     const int first = C::kBoolMask ? 0 : shared_by_warp(item.first_tile);
     first_tile = item.kv_plane * p.tiles + first;
     first_key = first * C::kBlockN;
-    const int64_t sixteen = (static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block) * 8 + threadIdx.x / 32;
-    q_scale = __ldg(p.packed.q_scales + sixteen * 8 + threadIdx.x % 32 / 4);
+    q_scale = q_scales[threadIdx.x / 4];
     if (!C::kBoolMask) next_k_scale = key_scale(p, tile);
     const uint32_t flags = __reduce_or_sync(~0u, __ldg(p.packed.flags + item.kv_plane));
     last_open = flags & kKeyFlag ? kFlagged : max(last_key(p, first_row), 0);
@@ -1031,22 +1035,53 @@ struct Rings {
         queries{base + 2 * Ring<C::kStages>::kBytes},
         items(reinterpret_cast<uint32_t*>(shared + C::kItemsAt)),
         taken(reinterpret_cast<uint32_t*>(shared + C::kTakenAt)) {}
+
+  // Queries and their scales of a block.
+  __device__ __forceinline__ void fill_queries(const Sage2Packed& packed, uint32_t shared, uint32_t buffer,
+                                               int64_t block) const {
+    ptx::barrier_expect(queries.full(buffer), C::kQueryBytes + C::kScaleBytes);
+    ptx::copy_bulk(shared + C::kQueryAt + buffer * C::kQueryBytes, packed.q + block * C::kQueryBytes, C::kQueryBytes,
+                   queries.full(buffer));
+    ptx::copy_bulk(shared + C::kScalesAt + buffer * C::kScaleBytes, packed.q_scales + block * (kBlockM / 2),
+                   C::kScaleBytes, queries.full(buffer));
+  }
 };
 
 template <class C>
 __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared, const Rings<C>& rings) {
   Slot<C::kStages> slot;
   Slot<C::kQueryBuffers> query;
-  const auto take_query_buffer = [&](uint32_t index) {
+  // Hands over an item; its queries come where it has tiles.
+  const auto claim = [&](uint32_t index) {
     ptx::barrier_wait(rings.queries.empty(query.index), query.parity ^ 1);
     atomicExch(rings.items + query.index, index);  // atomic for racecheck, which does not follow barriers like these
+    Item item = {};
+    if (index != rings.kNoItem) item = item_at<C>(p, index);
+    if (item.end_tile > item.first_tile) {
+      rings.fill_queries(p.packed, shared, query.index,
+                         static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block);
+    } else {
+      ptx::barrier_arrive(rings.queries.full(query.index));
+    }
+    query.next();
   };
-  for (uint32_t index = blockIdx.x; index < p.items;) {
+  // Whoever is free takes the next item. (The reduction, of one lane, keeps it where a warp shares numbers.)
+  const auto take_item = [&] {
+    const uint32_t index = __reduce_or_sync(1u, atomicAdd(p.packed.next_item, 1)) + gridDim.x;
+    return index < p.items ? index : rings.kNoItem;
+  };
+  uint32_t index = blockIdx.x;
+  if (C::kAhead) claim(index);
+  while (index != rings.kNoItem) {
     const Item item = item_at<C>(p, index);
     const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles;
     const int8_t* const keys = p.packed.k + first_tile * C::kKeyBytes;
     const uint8_t* const values = p.packed.v + first_tile * (C::kBlockN * C::kHeadDim);
     const int64_t block = static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block;
+    // With two buffers the next item is claimed some tiles before this one ends, and nobody waits for it. When all
+    // stages hold tiles of this item, the one before has left its buffer; with fewer tiles, claiming waits for that.
+    const int claims_at = min(item.end_tile - 1 - C::kStages, item.first_tile + C::kClaimTiles - 1);
+    if (!C::kAhead && item.end_tile <= item.first_tile) claim(index);
     for (int tile = item.end_tile - 1; tile >= item.first_tile; tile--) {
       const uint32_t i = slot.index;
       ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
@@ -1061,12 +1096,8 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
           ptx::copy_bulk(to + C::kPeaksAt, p.packed.shift_peaks + from * C::kPeaks, 4 * C::kPeaks, rings.keys.full(i));
         }
       }
-      if (tile == item.end_tile - 1) {  // after the first keys: they do not wait for the item before
-        take_query_buffer(index);
-        ptx::barrier_expect(rings.queries.full(query.index), C::kQueryBytes);
-        ptx::copy_bulk(shared + C::kQueryAt + query.index * C::kQueryBytes, p.packed.q + block * C::kQueryBytes,
-                       C::kQueryBytes, rings.queries.full(query.index));
-      }
+      // After the first keys, which do not wait for the item before.
+      if (!C::kAhead && tile == item.end_tile - 1) claim(index);
       ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
       ptx::barrier_expect(rings.values.full(i), C::kBlockN * C::kHeadDim);
       const uint8_t* const from = values + static_cast<int64_t>(tile) * (C::kBlockN * C::kHeadDim);
@@ -1076,17 +1107,16 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
                        from + chunk * C::kHeadDim * C::kVWidth, C::kHeadDim * C::kVWidth, rings.values.full(i));
       }
       slot.next();
+      if (C::kAhead && tile == claims_at) {
+        index = take_item();
+        claim(index);
+      }
     }
-    if (item.end_tile <= item.first_tile) {
-      take_query_buffer(index);
-      ptx::barrier_arrive(rings.queries.full(query.index));
-    }
-    query.next();
-    // Whoever is free takes the next item. (The reduction, of one lane, keeps it where a warp shares numbers.)
-    index = __reduce_or_sync(1u, atomicAdd(p.packed.next_item, 1)) + gridDim.x;
+    if (C::kAhead && claims_at >= item.first_tile) continue;
+    index = take_item();
+    if (C::kAhead) claim(index);
   }
-  take_query_buffer(rings.kNoItem);
-  ptx::barrier_arrive(rings.queries.full(query.index));
+  if (!C::kAhead) claim(rings.kNoItem);
 }
 
 // The tiles of an item that a mask does not close, from right to left. A warp looks at several, a tile of the mask a
@@ -1162,9 +1192,7 @@ __device__ __forceinline__ void copy_open_tiles(const Sage2Params& p, uint32_t s
       const Item item = item_at<C>(p, index);
       const int64_t block = static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block;
       take_query_buffer(index);
-      ptx::barrier_expect(rings.queries.full(buffer()), C::kQueryBytes);
-      ptx::copy_bulk(shared + C::kQueryAt + buffer() * C::kQueryBytes, p.packed.q + block * C::kQueryBytes,
-                     C::kQueryBytes, rings.queries.full(buffer()));
+      rings.fill_queries(p.packed, shared, buffer(), block);
     }
     ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
     ptx::barrier_expect(rings.values.full(i), C::kKeyBytes);
@@ -1248,7 +1276,8 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   const auto next_course = [&] {
     ptx::barrier_wait(rings.queries.full(query.index), query.parity);
     // The reduction leaves it where the compiler keeps what a warp shares.
-    return Course<C>(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.items + query.index, 0u) : 0u));
+    return Course<C>(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.items + query.index, 0u) : 0u),
+                     reinterpret_cast<const float*>(shared + C::kScalesAt + query.index * C::kScaleBytes));
   };
 
   const auto shifts_of = [&](const Slot<C::kStages>& of) -> Shifts {
