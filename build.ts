@@ -43,8 +43,12 @@ const fallbackPtx = "89";
 /** Sums of products, in which a * b + c may round once; all else must equal the CPU's results bit for bit. */
 const contractingSources = /\/(flash\w*|\w*attention\w*|row_products)\.cu$/;
 
-/** Portable sources without a word for features that came after 8.0: nvcc's front end takes them once. */
-const oldestFeatures = /\/attention_(masked_|bytes_)?d\d+\.cu$/;
+/**
+ * Portable sources with other code for 8.9 on: FP8's conversions and products, and the kernel that tells of them.
+ * nvcc's front end takes all others once, for 8.0.
+ */
+const newerFeatures =
+  /\/(attention_codes_\w+|device|dequantize|pack|quantize\w*|tile_values|values)\.cu$/;
 
 /** Sources in this folder hold instructions that only sm_90a has. */
 const hopperFolder = "cuda/kernels/sm90/";
@@ -203,7 +207,7 @@ function featureLevel(architecture: string): string {
 
 /** Code of a portable source: nothing in them needs the features of one architecture alone. */
 function portableCode(source: string, architectures: string[], ptx: string[]): string[] {
-  const old = oldestFeatures.test(source);
+  const old = !newerFeatures.test(source);
   const level = (name: string) => old ? "80" : featureLevel(name);
   const codes = [
     ...architectures.map((name) => [level(name), `sm_${name.replace(/[af]$/, "")}`]),

@@ -135,6 +135,8 @@ struct AttentionConfig {
   // P is also scaled by 2^-kShift, where its type has the range for it: bf16 V go up to 3e38, and their sums must not
   // overflow.
   static constexpr float kShift = kPV == ptx::Operand::kBF16 ? 32.0f : 0.0f;
+  // Pairs of channels that the epilogue writes without a loop: two compile in half the time, all are up to 3 % faster.
+  static constexpr int kOutputsAtATime = kGeneral || kColumnTerms || kHeadDim > 128 ? 2 : kHeadDim / 8;
   static_assert(kQKRow >= 32, "the swizzle needs rows of at least 32 bytes");
   static_assert(!kFp8 || kColumnTerms, "codes have column terms");
   static_assert(kBlockN == kMaskTileKeys, "tiles of masks are those of keys");
@@ -1366,13 +1368,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
         p.lse[batch * p.lse_stride[0] + head * p.lse_stride[1] + row * p.lse_stride[2]] = sees ? lse : unseen;
       }
       const int64_t o_row = batch * p.o_stride[0] + head * p.o_stride[1] + row * p.o_stride[2];
+      float2 outputs[kDTiles];  // in local memory where the loop over them stays one
 #pragma unroll
+      for (int n = 0; n < kDTiles; n++) outputs[n] = {o[t][n][2 * half] * inverse, o[t][n][2 * half + 1] * inverse};
+#pragma unroll(C::kOutputsAtATime)
       for (int n = 0; n < kDTiles; n++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const int channel = n * 8 + c * 2 + e;
-          if (channel >= p.v_dim) continue;
-          float value = o[t][n][2 * half + e] * inverse;
+          if (channel >= p.v_dim) break;
+          float value = e == 0 ? outputs[n].x : outputs[n].y;
           if (p.v_scales != nullptr) value *= p.v_scales[kv_plane * p.v_dim + channel];
           if (p.v_mean != nullptr) value += p.v_mean[kv_plane * p.v_dim + channel] * share;
           if (C::kBeyond && adds_first) {
@@ -1448,7 +1453,8 @@ void launch_sage_for(const AttentionParams& params, bool f16_accumulator, bool c
     constexpr bool kHasChoice = attention_tuning(kHeadDim, true, false, true, false).row_tiles !=
                                 attention_tuning(kHeadDim, true, false, false, false).row_tiles;
     if constexpr (kHasChoice) {
-      if (!few_rows_pay(column_terms, params.k_tokens)) return launch(kNo, kNo, kNo);
+      const bool diagonal = params.last_key - params.offset < params.k_tokens;
+      if (!few_rows_pay(column_terms, diagonal, params.k_tokens)) return launch(kNo, kNo, kNo);
     }
   }
   launch(kNo, kNo, kYes);

@@ -47,7 +47,9 @@ constexpr int padded_head_dim(int head_dim) { return head_dim <= 64 ? 64 : head_
 
 // Blocks of few rows waste less on the diagonal and fill the device sooner; those of many read K and V less often.
 // Column terms and masks ("crowded") leave no registers for many.
-constexpr bool few_rows_pay(bool crowded, long long k_tokens) { return crowded || k_tokens <= 8192; }
+constexpr bool few_rows_pay(bool crowded, bool diagonal, long long k_tokens) {
+  return crowded || k_tokens <= (diagonal ? 2048 : 1024);
+}
 
 constexpr AttentionTuning attention_tuning(int padded_head_dim, bool quantized, bool f16_accumulator, bool few_rows,
                                            bool crowded) {
@@ -65,8 +67,9 @@ inline AttentionTuning attention_tuning(const Plan& plan, const Masking& masking
                                         long long k_tokens) {
   const bool quantized = plan.kernel != Kernel::kFlash;
   const bool crowded = is_general(masking) || column_terms;  // as whatever is beyond the papers is
-  return attention_tuning(plan.padded_head_dim, quantized, plan.f16_accumulator, few_rows_pay(crowded, k_tokens),
-                          crowded);
+  const bool diagonal = masking.after != kUnlimited && masking.after < k_tokens;
+  const bool few_rows = few_rows_pay(crowded, diagonal, k_tokens);
+  return attention_tuning(plan.padded_head_dim, quantized, plan.f16_accumulator, few_rows, crowded);
 }
 
 }  // namespace sage::cuda
