@@ -87,6 +87,7 @@ struct F16Params {
   const float *v_scales, *v_mean;  // [B, Hkv, v_dim] or null
   const float* lse_shift;          // [B, Hq, q_tokens] or null
 
+  WholeMask whole_mask;  // where two kernels are launched of which one runs
   // kMask only
   TileMask mask;
   bool longest_first;  // rows have a last key, but no first
@@ -1247,6 +1248,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) attention_f16_kernel(const __grid_constant__ F16Params p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const Shared<C> shared{ptx::shared_address(memory)};
+  if (p.whole_mask.tiles != nullptr && p.whole_mask.is_open() == C::kMasks) return;
   if (threadIdx.x == 0) {
     shared.set_flag(0);
     for (int i = 0; i < C::kStages; i++) {

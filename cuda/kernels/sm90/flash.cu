@@ -21,6 +21,22 @@ Raw raw(const View& view) {
   return {static_cast<const char*>(view.data), {view.stride[0], view.stride[1], view.stride[2], view.stride[3]}};
 }
 
+// What takes an F16Mask, for the mask of a call: where it may be open as a whole, what needs none is launched first.
+template <class Launch>
+void launch_masked(F16Params& params, const Masking& masking, const MaskTiles& tiles, int block_q, Launch launch) {
+  if (masking.mask) {
+    const double scores = static_cast<double>(params.planes) * params.q_tokens * params.k_tokens;
+    params.mask = make_tile_mask(masking.mask, tiles, block_q);
+    params.whole_mask = make_whole_mask(masking.mask, tiles, block_q, scores);
+    if (params.whole_mask.tiles != nullptr) {
+      Masking unmasked = masking;
+      unmasked.mask = View{};
+      launch(f16_mask(unmasked));
+    }
+  }
+  launch(f16_mask(masking));
+}
+
 const float* f32(const View& view) { return static_cast<const float*>(view.data); }
 
 F16Params make_params(const View& q, const View& k, const View& v, const View& o, const View& lse,
@@ -60,18 +76,18 @@ F16Params make_params(const View& q, const View& k, const View& v, const View& o
 
 void launch_flash(const AttentionOp& op, const MaskTiles& tiles, CUstream_st* stream) {
   F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, op.scale);
-  params.mask = make_tile_mask(op.masking.mask, tiles, op.plan.block_q);
   const Operands operands{op.q, op.k, op.v};
-  switch (op.plan.padded_head_dim) {
-    case 64: return launch_flash_for<64>(params, operands, f16_mask(op.masking), stream);
-    case 128: return launch_flash_for<128>(params, operands, f16_mask(op.masking), stream);
-    default: return launch_flash_for<256>(params, operands, f16_mask(op.masking), stream);
-  }
+  launch_masked(params, op.masking, tiles, op.plan.block_q, [&](F16Mask mask) {
+    switch (op.plan.padded_head_dim) {
+      case 64: return launch_flash_for<64>(params, operands, mask, stream);
+      case 128: return launch_flash_for<128>(params, operands, mask, stream);
+      default: return launch_flash_for<256>(params, operands, mask, stream);
+    }
+  });
 }
 
 void launch_sage1(const SageOp& op, CUstream_st* stream) {
   F16Params params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, op.scale);
-  params.mask = make_tile_mask(op.masking.mask, op.mask_tiles, op.plan.block_q);
   params.largest = largest_finite(op.v_dtype);
   params.q_scales = f32(op.q_scales);
   params.k_scales = f32(op.k_scales);
@@ -94,11 +110,13 @@ void launch_sage1(const SageOp& op, CUstream_st* stream) {
   params.v_mean = f32(op.v_mean);
   params.lse_shift = f32(op.lse_shift);
   const Operands operands{op.q, op.k, op.v};
-  switch (op.plan.padded_head_dim) {
-    case 64: return launch_sage1_for<64>(params, operands, f16_mask(op.masking), stream);
-    case 128: return launch_sage1_for<128>(params, operands, f16_mask(op.masking), stream);
-    default: return launch_sage1_for<256>(params, operands, f16_mask(op.masking), stream);
-  }
+  launch_masked(params, op.masking, op.mask_tiles, op.plan.block_q, [&](F16Mask mask) {
+    switch (op.plan.padded_head_dim) {
+      case 64: return launch_sage1_for<64>(params, operands, mask, stream);
+      case 128: return launch_sage1_for<128>(params, operands, mask, stream);
+      default: return launch_sage1_for<256>(params, operands, mask, stream);
+    }
+  });
 }
 
 }  // namespace sage::cuda::sm90

@@ -55,7 +55,12 @@ Sage2Params sage2::make_params(const Sage2Op& op) {
   params.longest_first = ends && !begins;
   params.whole_mean = op.plan.smooth_v;
   params.largest = largest_finite(op.v.dtype);
-  params.mask = make_tile_mask(masking.mask, {op.mask_tiles, op.mask_bits}, kBlockM);
+  if (masking.mask) {
+    const MaskTiles tiles{op.mask_tiles, op.mask_bits};
+    const double scores = static_cast<double>(planes) * params.q_tokens * params.k_tokens;
+    params.mask = make_tile_mask(masking.mask, tiles, kBlockM);
+    params.whole_mask = make_whole_mask(masking.mask, tiles, kBlockM, scores);
+  }
   params.tiles = static_cast<int>((op.k.tokens() + op.plan.block_k - 1) / op.plan.block_k);
   return params;
 }
@@ -72,10 +77,11 @@ void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream) {
   }
   if (op.masking.mask) {
     switch (op.plan.padded_head_dim) {
-      case 64: return launch_sage2_masked_d64(op, params, stream);
-      case 128: return launch_sage2_masked_d128(op, params, stream);
-      default: return launch_sage2_masked_d256(op, params, stream);
+      case 64: launch_sage2_masked_d64(op, params, stream); break;
+      case 128: launch_sage2_masked_d128(op, params, stream); break;
+      default: launch_sage2_masked_d256(op, params, stream);
     }
+    if (params.whole_mask.tiles == nullptr) return;
   }
   switch (op.plan.padded_head_dim) {
     case 64: return launch_sage2_d64(op, params, stream);

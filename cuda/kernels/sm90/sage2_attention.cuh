@@ -56,6 +56,7 @@ struct Sage2Params {
   bool begins;                     // low may be above the first key
   bool longest_first, whole_mean;  // whole_mean: V's first tile is less its mean too
   float largest;                   // that V can hold
+  WholeMask whole_mask;            // where two kernels are launched of which one runs
   TileMask mask;                   // where C::kBoolMask
 };
 
@@ -100,7 +101,6 @@ struct Sage2Config {
   static constexpr bool kFewRegisters = kBlockN == 256;
   // There are registers for what a mask says of a tile while its scores are on their way.
   static constexpr bool kHoldsSeen = kBoolMask && kHeadDim == 128;
-  static constexpr bool kLeanProducer = !(kBoolMask && kHeadDim < 256);
   // The scores of the next item's first tile are issued before this item's output is stored.
   static constexpr bool kAhead = kQueryBuffers == 2;
   // Tiles before an item's end where the next one is claimed.
@@ -344,8 +344,9 @@ __device__ __forceinline__ int shared_by_warp(int x) {
 
 // With a mask: beside the index of an item all of whose tiles are closed.
 constexpr uint32_t kNoTiles = 1u << 31;
-// What the producer says of a tile that it takes, in a word.
-constexpr uint32_t kTakenLast = 1, kTakenOpen = 2, kTakenTile = 4;
+// What the producer says of a tile that it takes, in a word: how many open ones follow to its left, before there is
+// another word; whether these are the last of the item.
+constexpr uint32_t kTakenLast = 1, kTakenOpen = 2, kTakenMore = 4, kMostMore = 15, kTakenTile = 64;
 
 // Keys of a tile that a mask shows to two rows. The lanes of a quad share the words of both, each of 32 keys: lane c
 // holds those of row g + 8 (c & 1).
@@ -383,7 +384,7 @@ struct Course {
   int first_row, first_key;  // of the block, and of its tile 0
   uint32_t first_tile;       // that any row sees, among those of all planes
   float q_scale, next_k_scale;
-  uint32_t taken;  // of the tile in work
+  uint32_t taken = 0;  // of the tile in work: how many open ones follow, and the flags
   SeenKeys<C> seen;
   int last_open;                       // key that every row sees, or kFlagged
   static constexpr int kFlagged = -1;  // a key of the plane is not finite
@@ -414,16 +415,23 @@ struct Course {
 
   // Takes the next tile into work; false: there is none.
   __device__ __forceinline__ bool next() {
-    if constexpr (C::kBoolMask) return !(taken & kTakenLast);
+    if constexpr (C::kBoolMask) return (taken & (kMostMore * kTakenMore | kTakenLast)) != kTakenLast;
     return --tile >= 0;
   }
 
-  // With a mask: which one that is.
-  __device__ __forceinline__ void take(const Sage2Params& p, uint32_t word) {
-    taken = word;
-    tile = static_cast<int>(word / kTakenTile);
-    next_k_scale = key_scale(p, tile);
-    if (C::kHoldsSeen && hides()) seen.fetch(p, tile);
+  // With a mask: which one that is. `read` gives the producer's word of it, where that of an earlier one does not say.
+  template <class Read>
+  __device__ __forceinline__ void take(const Sage2Params& p, Read read) {
+    if (taken & kMostMore * kTakenMore) {
+      taken -= kTakenMore;
+      tile--;
+    } else {
+      taken = read();
+      const int expected = tile - 1;
+      tile = static_cast<int>(taken / kTakenTile);
+      if (tile != expected) next_k_scale = key_scale(p, tile);
+      if (C::kHoldsSeen && hides()) seen.fetch(p, tile);
+    }
   }
 
   // Whether the mask hides keys of the tile.
@@ -444,10 +452,10 @@ struct Course {
     return fminf(fmaxf(q_scale * next_k_scale, 0x1p-126f), 0x1p100f);
   }
 
-  // The same; fetches the next tile's.
+  // The same; fetches that of the tile to the left.
   __device__ __forceinline__ float factor(const Sage2Params& p) {
     const float factor = next_factor();
-    if (!C::kBoolMask && tile > 0) next_k_scale = key_scale(p, tile - 1);
+    if (tile > 0) next_k_scale = key_scale(p, tile - 1);
     return factor;
   }
 };
@@ -752,9 +760,11 @@ __device__ __forceinline__ bool softmax(const Sage2Params& p, int (&s)[C::kScore
   bool any = C::kFast ? flagged : masked;
   if constexpr (C::kBoolMask && !C::kFast) any |= course.hides();
   if (C::kFast) any |= __any_sync(~0u, !(factor >= kLeastFactor && factor < kMostFactor));
-  if (masked) mask<C>(p, s, course);
-  if constexpr (C::kBoolMask) {
-    if (course.hides()) mask_unseen<C>(p, s, course);
+  if (masked || course.hides()) {
+    if (masked) mask<C>(p, s, course);
+    if constexpr (C::kBoolMask) {
+      if (course.hides()) mask_unseen<C>(p, s, course);
+    }
   }
   if (any) {
     if (flagged) mask_flagged<C>(p, s, course);
@@ -776,12 +786,13 @@ __device__ __forceinline__ bool softmax_centred(const Sage2Params& p, int (&s)[C
                                                 float (&rescale)[2]) {
   const float factor = course.factor(p);
   if constexpr (!C::kSmooth) misfit = __any_sync(~0u, !(factor < kMostFactor));
-  if (course.is_border(p)) {
-    mask<C>(p, s, course);
-    if (course.last_open == course.kFlagged) mask_flagged<C>(p, s, course);
-  }
-  if constexpr (C::kBoolMask) {
-    if (course.hides()) mask_unseen<C>(p, s, course);
+  const bool masked = course.is_border(p);
+  if (masked || course.hides()) {
+    if (masked) mask<C>(p, s, course);
+    if (masked && course.last_open == course.kFlagged) mask_flagged<C>(p, s, course);
+    if constexpr (C::kBoolMask) {
+      if (course.hides()) mask_unseen<C>(p, s, course);
+    }
   }
   if constexpr (C::kFast) {
     if (misfit) return softmax_whole<C, true>(s, e, state, factor, shifts, rescale);
@@ -1124,48 +1135,57 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
 template <class C>
 struct OpenTiles {
   static constexpr int kParts = C::kBlockN / kMaskTileKeys, kTiles = 32 / kParts;  // of a tile; of a look
+  static_assert(kTiles <= kMostMore + 1, "a word counts the tiles of a look");
   const Sage2Params& p;
   uint32_t index;        // of the item
-  int end;               // of the tiles not looked at yet
-  uint32_t untaken = 0;  // of the kTiles right of that, kParts bits each: some row sees some key, every row every key
+  int right, unseen;     // the first tile of the last look; how many are left of all looks
+  uint32_t untaken = 0;  // of that look, kParts bits a tile: some row sees some key, every row every key
 
-  __device__ __forceinline__ OpenTiles(const Sage2Params& p, uint32_t index)
-      : p(p), index(index), end(item_at<C>(p, index).end_tile) {
+  __device__ __forceinline__ OpenTiles(const Sage2Params& p, uint32_t index) : p(p), index(index) {
+    const Item item = item_at<C>(p, index);
+    right = item.end_tile - 1 + kTiles;
+    unseen = item.end_tile - item.first_tile;
     look();
   }
 
   __device__ __forceinline__ bool are_left() const { return untaken != 0; }
 
-  // The next of them, in a word for the consumers.
+  // The next of them, and the open ones that follow it, in its word.
   __device__ __forceinline__ uint32_t take() {
     const int at = __ffs(static_cast<int>(untaken)) - 1;
-    const uint32_t word =
-        static_cast<uint32_t>(end + kTiles - 1 - at / kParts) * kTakenTile | (untaken >> at & 2 ? kTakenOpen : 0);
-    untaken &= ~(3u << at);
+    const bool open = untaken >> at & 2;
+    const uint32_t others = untaken >> at ^ 3 * firsts();
+    const int many = !open ? 1 : others != 0 ? (__ffs(static_cast<int>(others)) - 1) / kParts : kTiles;
+    const uint32_t tile = static_cast<uint32_t>(right - at / kParts), more = static_cast<uint32_t>(many - 1);
+    const uint32_t word = tile * kTakenTile + more * kTakenMore + (open ? kTakenOpen : 0);
+    untaken &= __funnelshift_lc(0u, ~0u, at + many * kParts);
     look();
     return are_left() ? word : word | kTakenLast;
   }
 
  private:
+  static __device__ constexpr uint32_t firsts() {
+    uint32_t bits = 0;
+    for (int tile = 0; tile < kTiles; tile++) bits |= 1u << tile * kParts;
+    return bits;
+  }
+
   __device__ __forceinline__ void look() {
 #pragma unroll 1
-    while (untaken == 0) {
+    while (untaken == 0 && unseen > 0) {
       const Item item = item_at<C>(p, index);
-      if (end <= item.first_tile) return;
-      const int lane = threadIdx.x % 32, column = end * kParts - 1 - lane;
-      const bool there = column >= max(item.first_tile, end - kTiles) * kParts && column < p.mask.columns;
+      right -= kTiles;
+      const int lane = threadIdx.x % 32, column = (right + 1) * kParts - 1 - lane;
+      const bool there = lane < min(unseen, kTiles) * kParts && column < p.mask.columns;
       TileState state = TileState::kClosed;
       if (there) state = p.mask.at(p.mask.plane(item.batch, item.head), item.block, column);
       uint32_t some = __ballot_sync(~0u, state != TileState::kClosed);
       uint32_t every = __ballot_sync(~0u, !there || state == TileState::kOpen);
-      uint32_t firsts = 0;
-#pragma unroll
-      for (int tile = 0; tile < kTiles; tile++) firsts |= 1u << tile * kParts;
 #pragma unroll
       for (int part = 1; part < kParts; part++) some |= some >> 1, every &= every >> 1;
-      some &= firsts;
+      some &= firsts();
       untaken = some | (some & every) << 1;
-      end -= kTiles;
+      unseen -= kTiles;
     }
   }
 };
@@ -1174,17 +1194,15 @@ struct OpenTiles {
 template <class C>
 __device__ __forceinline__ void copy_open_tiles(const Sage2Params& p, uint32_t shared, const Rings<C>& rings) {
   const bool leads = threadIdx.x % 32 == 0;
-  Slot<C::kStages> slot;
-  uint32_t items = 0;  // so far
-  const auto buffer = [&] { return items % C::kQueryBuffers; };
+  uint32_t i = 0, turns = 0;  // the stage; its parity, and above that bit the items so far
+  const auto buffer = [&] { return turns / 2 % C::kQueryBuffers; };
   const auto take_query_buffer = [&](uint32_t word) {
-    ptx::barrier_wait(rings.queries.empty(buffer()), (items / C::kQueryBuffers & 1) ^ 1);
+    ptx::barrier_wait(rings.queries.empty(buffer()), (turns / 2 / C::kQueryBuffers & 1) ^ 1);
     atomicExch(rings.items + buffer(), word);
   };
-  const auto copy = [&](uint32_t index, uint32_t word, bool first) {
-    const uint32_t i = slot.index, tile = item_at<C>(p, index).kv_plane * p.tiles + word / kTakenTile;
+  const auto copy = [&](uint32_t index, uint32_t tile, uint32_t word, bool first) {
     const int64_t from = static_cast<int64_t>(tile) * C::kKeyBytes;
-    ptx::barrier_wait(rings.keys.empty(i), slot.parity ^ 1);
+    ptx::barrier_wait(rings.keys.empty(i), (turns & 1) ^ 1);
     atomicExch(rings.taken + i, word);
     ptx::barrier_expect(rings.keys.full(i), C::kKeyBytes);
     ptx::copy_bulk(shared + C::kKeyAt + i * C::kKeyStage, p.packed.k + from, C::kKeyBytes, rings.keys.full(i));
@@ -1194,7 +1212,7 @@ __device__ __forceinline__ void copy_open_tiles(const Sage2Params& p, uint32_t s
       take_query_buffer(index);
       rings.fill_queries(p.packed, shared, buffer(), block);
     }
-    ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
+    ptx::barrier_wait(rings.values.empty(i), (turns & 1) ^ 1);
     ptx::barrier_expect(rings.values.full(i), C::kKeyBytes);
 #pragma unroll
     for (int chunk = 0; chunk < C::kChunks; chunk++) {
@@ -1202,7 +1220,7 @@ __device__ __forceinline__ void copy_open_tiles(const Sage2Params& p, uint32_t s
       ptx::copy_bulk(shared + C::kValueAt + i * C::kValueStage + chunk * C::kChunkBytes,
                      p.packed.v + from + chunk * kBytes, kBytes, rings.values.full(i));
     }
-    slot.next();
+    if (++i == C::kStages) i = 0, turns ^= 1;
   };
   for (uint32_t index = blockIdx.x; index < p.items;) {
     OpenTiles<C> tiles(p, index);
@@ -1212,10 +1230,17 @@ __device__ __forceinline__ void copy_open_tiles(const Sage2Params& p, uint32_t s
     }
 #pragma unroll 1
     for (bool first = true; tiles.are_left(); first = false) {
-      const uint32_t word = tiles.take();
-      if (leads) copy(index, word, first);
+      uint32_t word = tiles.take();
+      if (!leads) continue;
+      const uint32_t plane = item_at<C>(p, index).kv_plane * p.tiles;
+      copy(index, plane + word / kTakenTile, word, first);
+#pragma unroll 1
+      while (word & kMostMore * kTakenMore) {
+        word -= kTakenTile + kTakenMore;
+        copy(index, plane + word / kTakenTile, word, false);
+      }
     }
-    items++;
+    turns += 2;
     index = __reduce_or_sync(~0u, leads ? static_cast<uint32_t>(atomicAdd(p.packed.next_item, 1)) : 0u) + gridDim.x;
   }
   if (!leads) return;
@@ -1255,10 +1280,10 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   Slot<C::kQueryBuffers> query;
   if (C::kTurns && group == kGroups - 1) ptx::turn_pass<128 * kGroups>(1);
 
-  // With a mask: what the producer says of the tile in the slot.
+  // With a mask: which tile the producer says is in the slot.
   const auto take_tile = [&](Course<C>& of) {
     if constexpr (C::kBoolMask) {
-      of.take(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.taken + slot.index, 0u) : 0u));
+      of.take(p, [&] { return __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.taken + slot.index, 0u) : 0u); });
     }
   };
 
@@ -1475,16 +1500,17 @@ __global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constan
   write_ones<C>(shared);
   __syncthreads();
   ptx::wait_for_previous_kernel();
+  if (p.whole_mask.tiles != nullptr && p.whole_mask.is_open() == C::kBoolMask) return;
 
   if (group == kGroups) {
-    ptx::shrink_registers<C::kLeanProducer ? 24 : 40>();  // 24 + 2 * 240 is what three warpgroups of 168 have
+    ptx::shrink_registers<24>();  // 24 + 2 * 240 is what three warpgroups of 168 have
     if constexpr (C::kBoolMask) {
       if (threadIdx.x / 32 == 4 * kGroups) copy_open_tiles<C>(p, base, rings);
     } else {
       if (threadIdx.x == 128 * kGroups) copy_tiles<C>(p, base, rings);
     }
   } else {
-    ptx::grow_registers<C::kLeanProducer ? 240 : 232>();
+    ptx::grow_registers<240>();
     multiply_items<C>(p, shared, base, rings, group);
   }
 }
