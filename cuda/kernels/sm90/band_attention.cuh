@@ -287,7 +287,7 @@ __device__ __forceinline__ bool softmax_low(const Sage2Params& p, int (&s)[C::kS
   if constexpr (C::kFast) {
     return softmax_codes<C>(s, e, state, factor, first_of_item, rescale);
   } else {
-    return softmax_exact<C>(s, e, state, factor, rescale);
+    return softmax_exact<C>(s, e, state, factor, Shifts{}, false, rescale);
   }
 }
 

@@ -76,8 +76,7 @@ struct Sage2Config {
   static_assert(!kBoolMask || !(kSmooth || kBand), "a mask goes with nothing that comes with tiles");
   // Scores leave the tensor core as floats, and what smoothing took is rounded to their unit: a trifle beside what
   // codes cost the scores, but more than an exact log-sum-exp may be off.
-  static constexpr bool kCentred =
-      kSmooth ? kHeadDim < 256 && !kSums : kHeadDim == 64 && !kFast && !kBand && !kHalfSums;
+  static constexpr bool kCentred = kSmooth && kHeadDim < 256 && !kSums;
   static_assert(!kFast || !kSmooth || kCentred, "fast exponentials are of integer scores");
   static constexpr Sage2Tiles kTiles = sage2_tiles(kHeadDim, kFast, kBand);
   static constexpr int kBlockN = kTiles.block_n, kVWidth = kTiles.v_width;
@@ -91,12 +90,13 @@ struct Sage2Config {
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim >= 128 || kHalfSums;
+  static constexpr bool kTurns = kHeadDim >= 128 || !kFast;
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
-  // Exact exponentials become codes as soon as they are there, else (faster where registers allow) with the wait for
-  // products behind them.
-  static constexpr bool kEarlyCodes = kFast || kHeadDim == 256;
+  // So many words of exact exponentials are taken against it beside the search for a larger one.
+  static constexpr int kTriedWords = kHeadDim == 256 && !kHalfSums ? 0 : 4;
+  // Exponentials of a word wait for one so many words before.
+  static constexpr int kLag = kHeadDim == 256 || kFast || kHalfSums || kSmooth ? 2 : 8;
   // Misfits (see below) share what they can with others.
   static constexpr bool kFewRegisters = kBlockN == 256;
   // There are registers for what a mask says of a tile while its scores are on their way.
@@ -260,39 +260,31 @@ __device__ constexpr int word_base(int word) { return 8 * (word >> 1) + 2 * (wor
 // Where the word belongs in the fragment of P.
 __device__ constexpr int weight_of(int word) { return (word >> 2) * 4 + (word >> 1 & 1) * 2 + (word & 1); }
 
-// P until the products that read its registers are done: two codes in the low half of each, or floats.
+// P until the products that read its registers are done: two codes in the low half of each word.
 template <class C>
 struct Exponentials {
-  uint32_t bits[C::kEarlyCodes ? C::kScores / 2 : C::kScores];
+  uint32_t bits[C::kScores / 2];
 
   __device__ __forceinline__ void put(int word, float a, float b, float c, float d) {
-    if constexpr (C::kEarlyCodes) {
-      bits[2 * word] = pair(a, b);
-      bits[2 * word + 1] = pair(c, d);
-    } else {
-      bits[4 * word] = bits_of(a), bits[4 * word + 1] = bits_of(b);
-      bits[4 * word + 2] = bits_of(c), bits[4 * word + 3] = bits_of(d);
-    }
+    bits[2 * word] = pair(a, b);
+    bits[2 * word + 1] = pair(c, d);
   }
 
   __device__ __forceinline__ void store(uint32_t (&weights)[C::kWeights]) const {
 #pragma unroll
     for (int word = 0; word < C::kScores / 4; word++) {
-      uint32_t low, high;
-      if constexpr (C::kEarlyCodes) {
-        low = bits[2 * word], high = bits[2 * word + 1];
-      } else {
-        low = pair(float_of(bits[4 * word]), float_of(bits[4 * word + 1]));
-        high = pair(float_of(bits[4 * word + 2]), float_of(bits[4 * word + 3]));
-      }
-      weights[weight_of(word)] = __byte_perm(low, high, 0x5410);
+      const uint32_t low = bits[2 * word], high = bits[2 * word + 1];
+      // Exact ones have nothing in the high halves. Permutations and multiplications have units of their own.
+      weights[weight_of(word)] = C::kFast || word & 1 ? __byte_perm(low, high, 0x5410) : low + (high << 16);
     }
   }
 
  private:
   static __device__ __forceinline__ uint32_t pair(float low, float high) {
-    uint16_t codes;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    uint32_t codes;
+    asm("{ .reg .b16 pair; cvt.rn.satfinite.e4m3x2.f32 pair, %1, %2; mov.b32 %0, {pair, 0}; }"
+        : "=r"(codes)
+        : "f"(high), "f"(low));
     return codes;
   }
 };
@@ -566,32 +558,31 @@ __device__ __forceinline__ void centre_scores(int (&s)[C::kScores]) {
   for (int i = 0; i < C::kScores; i++) s[i] = kCentreBits;
 }
 
-// P: score(i, addend) is score i plus addend, base 2. A lane's row sums of P join what there is of them, times rescale.
-template <class C, class Score>
-__device__ __forceinline__ void exponentiate(Exponentials<C>& e, RowState& state, const float (&addend)[2],
-                                             const float (&rescale)[2], const float (&correction)[2], Score score) {
-  float sum[2] = {};
+// P of words kFrom to kTo: score(i, addend) is score i plus addend, base 2. A lane's row sums of P join `sum`.
+//
+// An exponential keeps its unit busy for eight clocks, in which the warp may issue something else. The compiler puts
+// whatever can be done before exponentials before the first of them, unless the addend of a word waits for another.
+template <class C, int kFrom, int kTo, class Score>
+__device__ __forceinline__ void exponentiate(Exponentials<C>& e, const float (&addend)[2], float (&sum)[2],
+                                             Score score) {
+  float last[kTo];
 #pragma unroll
-  for (int word = 0; word < C::kScores / 4; word++) {
-    const int b = word_base(word);
-    const auto exponential = [&](int i) { return ptx::exp2_approx(score(i, addend[word & 1])); };
+  for (int word = kFrom; word < kTo; word++) {
+    const int b = word_base(word), half = word & 1;
+    float waiting = addend[half];
+    if (word - kFrom >= C::kLag) waiting = fmaf(last[word - C::kLag], 0.0f, waiting);
+    const auto exponential = [&](int i) { return ptx::exp2_approx(score(i, waiting)); };
     const float x[4] = {exponential(b), exponential(b + 1), exponential(b + 4), exponential(b + 5)};
-    if (C::kSums) sum[word & 1] += (x[0] + x[1]) + (x[2] + x[3]);
+    last[word] = x[3];
+    if (C::kSums) sum[half] += (x[0] + x[1]) + (x[2] + x[3]);
     e.put(word, x[0], x[1], x[2], x[3]);
-  }
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    state.exact[half] = fmaf(state.exact[half], rescale[half], sum[half] * correction[half]);
   }
 }
 
-// Against the kept maxima.
-template <class C, class Score>
-__device__ __forceinline__ void exponentiate(Exponentials<C>& e, RowState& state, const float (&rescale)[2],
-                                             Score score) {
-  const float addend[2] = {addend_of<C>(state.maximum[0]), addend_of<C>(state.maximum[1])};
-  constexpr float kNone[2] = {1.0f, 1.0f};
-  exponentiate<C>(e, state, addend, rescale, kNone, score);
+// What there is of row sums takes rescale, and new ones join.
+__device__ __forceinline__ void add_exact(RowState& state, const float (&rescale)[2], const float (&sum)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) state.exact[half] = fmaf(state.exact[half], rescale[half], sum[half]);
 }
 
 __device__ __forceinline__ bool moves(const float (&rescale)[2]) {
@@ -627,66 +618,99 @@ template <class C, bool kMaskable>
 __device__ __forceinline__ bool softmax_whole(int (&s)[C::kScores], Exponentials<C>& e, RowState& state, float factor,
                                               Shifts shifts, float (&rescale)[2]) {
   make_whole<C, kMaskable>(s, state, factor, shifts, rescale);
-  exponentiate<C>(e, state, rescale, [&](int i, float addend) { return __int_as_float(s[i]) + addend; });
+  const float addend[2] = {addend_of<C>(state.maximum[0]), addend_of<C>(state.maximum[1])};
+  float sum[2] = {};
+  exponentiate<C, 0, C::kScores / 4>(e, addend, sum,
+                                     [&](int i, float addend) { return __int_as_float(s[i]) + addend; });
+  add_exact(state, rescale, sum);
   return moves(rescale);
 }
 
-// The same from integer scores.
+// The largest of kCount numbers at(i), by most(a, b, c). A chain of them would make a warp wait for each.
+template <int kCount, class At, class Most>
+__device__ __forceinline__ auto largest_of(At at, Most most, int first = 0) -> decltype(at(0)) {
+  if constexpr (kCount <= 3) {
+    return kCount == 1 ? at(first) : most(at(first), at(first + 1), at(first + kCount - 1));
+  } else {
+    constexpr int kThird = kCount / 3 | 1, kRest = kCount - 2 * kThird;  // two odd ones waste nothing
+    const auto a = largest_of<kThird>(at, most, first);
+    if constexpr (kRest == 0) {
+      return most(a, largest_of<kThird>(at, most, first + kThird), a);
+    } else {
+      return most(a, largest_of<kThird>(at, most, first + kThird), largest_of<kRest>(at, most, first + 2 * kThird));
+    }
+  }
+}
+
+// A lane's largest scores.
+template <class C>
+__device__ __forceinline__ void integer_maxima(const int (&s)[C::kScores], float factor, float (&largest)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int bits = largest_of<C::kScores / 2>([&](int i) { return s[i / 2 * 4 + 2 * half + (i & 1)]; },
+                                                [](int a, int b, int c) { return __vimax3_s32(a, b, c); });
+    if constexpr (C::kCentred) {
+      largest[half] = (__int_as_float(bits) - kCentre) * factor;
+    } else {
+      largest[half] = bits == kMasked ? -INFINITY : static_cast<float>(bits) * factor;
+    }
+  }
+}
+
+// Moves the kept maxima where integer scores are larger.
 template <class C>
 __device__ __forceinline__ bool keep_integer_maxima(const int (&s)[C::kScores], RowState& state, float factor,
                                                     float (&rescale)[2]) {
-  int bits[2] = {max(s[0], s[1]), max(s[2], s[3])};
-#pragma unroll
-  for (int i = 4; i < C::kScores; i += 4) {
-    bits[0] = __vimax3_s32(bits[0], s[i], s[i + 1]);
-    bits[1] = __vimax3_s32(bits[1], s[i + 2], s[i + 3]);
-  }
   float largest[2];
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    if constexpr (C::kCentred) {
-      largest[half] = (__int_as_float(bits[half]) - kCentre) * factor;
-    } else {
-      largest[half] = bits[half] == kMasked ? -INFINITY : static_cast<float>(bits[half]) * factor;
-    }
-  }
+  integer_maxima<C>(s, factor, largest);
   keep_maxima<C>(state, largest, rescale);
   return moves(rescale);
 }
 
-// Exact exponentials.
+// Exact exponentials of integer scores; those of misfits, about kCentre, are made whole first. The first are taken
+// against the kept maxima at once, beside the search for larger ones, and again in the rare case that there are.
 template <class C>
-__device__ __forceinline__ bool softmax_exact(const int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
-                                              float factor, float (&rescale)[2]) {
-  const bool moved = keep_integer_maxima<C>(s, state, factor, rescale);
-  exponentiate<C>(e, state, rescale,
-                  [&](int i, float addend) { return fmaf(static_cast<float>(s[i]), factor, addend); });
-  return moved;
-}
-
-// The same of scores about kCentre; those of misfits are made whole first.
-template <class C>
-__device__ __forceinline__ bool softmax_exact_centred(int (&s)[C::kScores], Exponentials<C>& e, RowState& state,
-                                                      float factor, Shifts shifts, bool misfit, float (&rescale)[2]) {
-  float centre = kCentre;
-  if (misfit) {
+__device__ __forceinline__ bool softmax_exact(int (&s)[C::kScores], Exponentials<C>& e, RowState& state, float factor,
+                                              Shifts shifts, bool misfit, float (&rescale)[2]) {
+  float centre = C::kCentred ? kCentre : 0.0f;
+  bool moved = false;
+  rescale[0] = rescale[1] = 1.0f;
+  if (C::kCentred && misfit) {
     if (!C::kFewRegisters) return softmax_whole<C, true>(s, e, state, factor, shifts, rescale);
     make_whole<C, true>(s, state, factor, shifts, rescale);
     factor = 1.0f, centre = 0.0f;
-  } else {
-    keep_integer_maxima<C>(s, state, factor, rescale);
+    moved = moves(rescale);
   }
-  // With the centre in it an addend is rounded by up to a unit of the scores, which row sums can undo.
-  float addend[2], correction[2];
+  float addend[2], sum[2] = {};
+  const auto find_addends = [&] {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const float whole = addend_of<C>(state.maximum[half]);
-    addend[half] = fmaf(-centre, factor, whole);
-    correction[half] = C::kSums ? ptx::exp2_approx(whole - fmaf(centre, factor, addend[half])) : 1.0f;
+    for (int half = 0; half < 2; half++) {
+      const float whole = addend_of<C>(state.maximum[half]);
+      addend[half] = C::kCentred ? fmaf(-centre, factor, whole) : whole;
+    }
+  };
+  const auto score = [&](int i, float addend) {
+    return fmaf(C::kCentred ? __int_as_float(s[i]) : static_cast<float>(s[i]), factor, addend);
+  };
+  constexpr int kTried = C::kTriedWords;
+  if constexpr (kTried > 0) {
+    find_addends();
+    exponentiate<C, 0, kTried>(e, addend, sum, score);
   }
-  exponentiate<C>(e, state, addend, rescale, correction,
-                  [&](int i, float addend) { return fmaf(__int_as_float(s[i]), factor, addend); });
-  return moves(rescale);
+  float largest[2];
+  integer_maxima<C>(s, factor, largest);
+  const bool larger = !(C::kCentred && misfit) &&
+                      (largest[0] > state.maximum[0] + C::kHeadroom || largest[1] > state.maximum[1] + C::kHeadroom);
+  if (kTried == 0 || __any_sync(~0u, larger)) {
+    keep_maxima<C>(state, largest, rescale);
+    moved = kTried > 0 || moves(rescale);
+    find_addends();
+    sum[0] = sum[1] = 0.0f;
+    if constexpr (kTried > 0) exponentiate<C, 0, kTried>(e, addend, sum, score);
+  }
+  exponentiate<C, kTried, C::kScores / 4>(e, addend, sum, score);
+  add_exact(state, rescale, sum);
+  return moved;
 }
 
 // Exponentials straight to e4m3 codes, whose logarithm is nearly linear in the code: floor(8 (t + 7 - .057) + .5) for
@@ -715,7 +739,6 @@ template <class C, bool kOptimistic>
 __device__ __forceinline__ bool codes_of(const int (&s)[C::kScores], Exponentials<C>& e, const RowState& state,
                                          float factor) {
   const CodeLine line = code_line<C>(state, factor);
-  uint32_t largest = 0;
 #pragma unroll
   for (int word = 0; word < C::kScores / 4; word++) {
     const int b = word_base(word);
@@ -727,9 +750,11 @@ __device__ __forceinline__ bool codes_of(const int (&s)[C::kScores], Exponential
     constexpr uint32_t kPair = kOptimistic ? 0x3773 : 0x0073;  // above the pair, the same bytes in turn
     e.bits[2 * word] = __byte_perm(code(b), code(b + 1), kPair);
     e.bits[2 * word + 1] = __byte_perm(code(b + 4), code(b + 5), kPair);
-    if (kOptimistic) largest = __vimax3_u16x2(largest, e.bits[2 * word], e.bits[2 * word + 1]);
   }
-  return kOptimistic && __any_sync(~0u, (largest >> 24) >= 127u || (largest >> 8 & 255u) >= 127u);  // 126 is 448
+  if (!kOptimistic) return false;
+  const uint32_t largest = largest_of<C::kScores / 2>(
+      [&](int i) { return e.bits[i]; }, [](uint32_t a, uint32_t b, uint32_t c) { return __vimax3_u16x2(a, b, c); });
+  return __any_sync(~0u, (largest >> 24) >= 127u || (largest >> 8 & 255u) >= 127u);  // 126 is 448
 }
 
 template <class C>
@@ -775,7 +800,7 @@ __device__ __forceinline__ bool softmax(const Sage2Params& p, int (&s)[C::kScore
   } else if constexpr (C::kSmooth) {
     return softmax_whole<C, false>(s, e, state, factor, shifts, rescale);
   } else {
-    return softmax_exact<C>(s, e, state, factor, rescale);
+    return softmax_exact<C>(s, e, state, factor, shifts, false, rescale);
   }
 }
 
@@ -785,20 +810,15 @@ __device__ __forceinline__ bool softmax_centred(const Sage2Params& p, int (&s)[C
                                                 RowState& state, Course<C>& course, Shifts shifts, bool misfit,
                                                 float (&rescale)[2]) {
   const float factor = course.factor(p);
-  if constexpr (!C::kSmooth) misfit = __any_sync(~0u, !(factor < kMostFactor));
-  const bool masked = course.is_border(p);
-  if (masked || course.hides()) {
-    if (masked) mask<C>(p, s, course);
-    if (masked && course.last_open == course.kFlagged) mask_flagged<C>(p, s, course);
-    if constexpr (C::kBoolMask) {
-      if (course.hides()) mask_unseen<C>(p, s, course);
-    }
+  if (course.is_border(p)) {
+    mask<C>(p, s, course);
+    if (course.last_open == course.kFlagged) mask_flagged<C>(p, s, course);
   }
   if constexpr (C::kFast) {
     if (misfit) return softmax_whole<C, true>(s, e, state, factor, shifts, rescale);
     return softmax_codes<C>(s, e, state, factor, false, rescale);
   } else {
-    return softmax_exact_centred<C>(s, e, state, factor, shifts, misfit, rescale);
+    return softmax_exact<C>(s, e, state, factor, shifts, misfit, rescale);
   }
 }
 
@@ -1341,7 +1361,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
       {
         Exponentials<C> e;
         if constexpr (C::kCentred) {
-          softmax_centred<C>(p, s, e, state, course, shifts_of(slot), C::kSmooth, rescale);
+          softmax_centred<C>(p, s, e, state, course, shifts_of(slot), true, rescale);
         } else {
           softmax<C>(p, s, e, state, course, shifts_of(slot), true, rescale);
         }
@@ -1369,12 +1389,10 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
         take_tile(course);
         [[maybe_unused]] bool misfit = false;
-        if constexpr (C::kCentred && C::kSmooth) {
+        if constexpr (C::kCentred) {
           const float factor = course.next_factor();
           misfit = any_misfit<C>(factor, shifts_of(slot));
           start_scores<C>(s, misfit ? 0.0f : reciprocal(factor), shifts_of(slot));
-        } else if constexpr (C::kCentred) {
-          centre_scores<C>(s);
         }
         wait_turn();
         ptx::pin(weights);
