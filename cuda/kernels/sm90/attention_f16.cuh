@@ -183,16 +183,18 @@ struct Shared {
   __device__ uint32_t k(uint32_t stage) const { return base + C::kKAt + stage * C::kKBytes; }
   __device__ uint32_t v(uint32_t stage) const { return base + C::kVAt + stage * C::kVBytes; }
 
-  // What lies in a stage of K, and which tile comes after it.
+  // What lies in a stage of K, and which tile comes after it. Atomic for racecheck, which does not follow barriers.
   __device__ void describe(uint32_t stage, TakenTile tile, int next) const {
-    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(base + kTilesAt + 8 * stage), "r"(tile.code), "r"(next)
+    asm volatile("{ .reg .b32 old; atom.shared.exch.b32 old, [%0], %1; atom.shared.exch.b32 old, [%0+4], %2; }" ::"r"(
+                     base + kTilesAt + 8 * stage),
+                 "r"(tile.code), "r"(next)
                  : "memory");
   }
+  // A warp asks; sage1 alone wants the next tile.
   __device__ void description(uint32_t stage, TakenTile& tile, int& next) const {
-    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];"
-                 : "=r"(tile.code), "=r"(next)
-                 : "r"(base + kTilesAt + 8 * stage)
-                 : "memory");
+    const uint32_t at = base + kTilesAt + 8 * stage;
+    tile.code = number_of_warp(at);
+    if constexpr (C::kQuantized) next = static_cast<int>(number_of_warp(at + 4));
   }
 
   // Raised where something is not finite and must be repaired.
@@ -207,6 +209,16 @@ struct Shared {
 
  private:
   static constexpr int kFlagAt = 1020, kTilesAt = 896;
+
+  // The reduction leaves it where the compiler keeps what a warp shares.
+  static __device__ __forceinline__ uint32_t number_of_warp(uint32_t at) {
+    uint32_t number = 0;
+    if (threadIdx.x % 32 == 0) {
+      asm volatile("atom.shared.or.b32 %0, [%1], 0;" : "=r"(number) : "r"(at) : "memory");
+    }
+    return __reduce_or_sync(~0u, number);
+  }
+
   static_assert(8 * (5 * C::kStages + 2 * C::kQBuffers * C::kConsumers) <= kTilesAt);
   static_assert(kTilesAt + 8 * C::kStages <= kFlagAt);
 };
