@@ -63,26 +63,35 @@ function candidates({ rows, copyTbs }: Results, row: Row): Yardstick[] {
   });
 }
 
-/** The first that both runs have; else the time stands for itself. */
-function yardsticks(stored: Results, old: Row, fresh: Results, now: Row): [Yardstick, Yardstick] {
+/** Those that both runs have; else the time stands for itself. */
+function yardsticks(
+  stored: Results,
+  old: Row,
+  fresh: Results,
+  now: Row,
+): [before: Yardstick, after: Yardstick][] {
   const there = candidates(fresh, now);
-  for (const one of candidates(stored, old)) {
+  const pairs = candidates(stored, old).flatMap((one): [Yardstick, Yardstick][] => {
     const other = there.find(({ name }) => name === one.name);
-    if (other) return [one, other];
-  }
+    return other ? [[one, other]] : [];
+  });
   const itself = { name: "its own time", ms: 1, noise: 0, together: false };
-  return [itself, itself];
+  return pairs.length ? pairs : [[itself, itself]];
 }
 
+/** What moved has moved against every yardstick; else it is a yardstick that did. */
 function moveOf(stored: Results, old: Row, fresh: Results, now: Row): Move | undefined {
-  const [before, after] = yardsticks(stored, old, fresh, now);
-  const change = now.ms / after.ms / (old.ms / before.ms) - 1;
-  const drift = after.together ? [] : [stored.drift ?? 0, fresh.drift ?? 0];
-  const noise = [now.noise ?? 0, old.noise ?? now.noise ?? 0, before.noise, after.noise];
-  const limit = Math.max(leastLimit, Math.hypot(...noise, ...drift));
-  return Math.abs(change) > limit
-    ? { what: describe(now), yardstick: after.name, change, limit }
-    : undefined;
+  const moves = yardsticks(stored, old, fresh, now).map(([before, after]): Move => {
+    const change = now.ms / after.ms / (old.ms / before.ms) - 1;
+    const drift = after.together ? [] : [stored.drift ?? 0, fresh.drift ?? 0];
+    const noise = [now.noise ?? 0, old.noise ?? now.noise ?? 0, before.noise, after.noise];
+    const limit = Math.max(leastLimit, Math.hypot(...noise, ...drift));
+    return { what: describe(now), yardstick: after.name, change, limit };
+  });
+  const agree = moves.every(({ change, limit }) =>
+    Math.abs(change) > limit && Math.sign(change) === Math.sign(moves[0].change)
+  );
+  return agree ? moves[0] : undefined;
 }
 
 function accuracyMove(old: Accuracy, now: Accuracy): Move | undefined {

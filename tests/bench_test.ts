@@ -280,9 +280,15 @@ Deno.test("compare() judges flash by another's kernel, or by its own time", () =
   const alone = compare(run({ flash: 10 }), run({ flash: 11, cudnn: 6 }));
   assertEquals(alone.moves.map(({ yardstick }) => yardstick), ["its own time"]);
 
-  const drifting = { ...run({ flash: 11, sage1: 8, cudnn: 6 }), drift: 0.12 };
-  const found = compare(run({ flash: 10, sage1: 8, cudnn: 6 }), drifting);
-  assertEquals(found.moves.map(({ yardstick }) => yardstick), ["flash"]); // drift excuses flash, not sage1
+  const drifting = { ...run({ flash: 11, cudnn: 6 }), drift: 0.12 };
+  assertEquals(compare(run({ flash: 10, cudnn: 6 }), drifting).moves, []);
+});
+
+Deno.test("compare() does not blame others for a yardstick that moved", () => {
+  const stored = run({ flash: 10, sage1: 8, sage2: 5, cudnn: 6 });
+  const found = compare(stored, run({ flash: 12, sage1: 8.1, sage2: 6.5, cudnn: 6 }));
+  assertEquals(found.moves.map(({ what }) => what.includes("flash")), [true, false]);
+  assertEquals(found.moves.map(({ yardstick }) => yardstick), ["cudnn", "flash"]);
 });
 
 Deno.test("compare() lets noise explain what it can, and tells what is missing", () => {
