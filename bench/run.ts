@@ -1,9 +1,11 @@
-// Runs the benches, shows them as they come and keeps Deno's JSON in dist/bench.json.
+// Runs the benches, shows them as they come and keeps Deno's JSON, with a GPU's clocks and power, in
+// dist/bench.json.
 import { parseArgs } from "@std/cli/parse-args";
 import { fromFileUrl, join } from "@std/path";
 import { build } from "../build.ts";
 import { Device } from "../mod.ts";
 import { BuildError, runTask } from "../tools/build/toolchain.ts";
+import { Watcher } from "./machine.ts";
 
 const help = `usage: deno task bench [--quick] [--peers] [--filter TEXT]
 
@@ -24,6 +26,16 @@ interface Report {
     name: string;
     results: { ok?: { avg: number } }[];
   }[];
+}
+
+/** What a GPU's clocks and power were meanwhile. */
+function machineLines({ clocks, power }: Awaited<ReturnType<Watcher["stop"]>>): string[] {
+  return [
+    ...clocks
+      ? [`SM clock ${clocks.sm.min} to ${clocks.sm.max} MHz, median ${clocks.sm.median}`]
+      : [],
+    ...power ? [`power ${power.medianW.toFixed(0)} W, limit ${power.limitW.toFixed(0)}`] : [],
+  ];
 }
 
 /** Those that Deno timed itself: the others have shown themselves already. */
@@ -51,6 +63,7 @@ await runTask(async () => {
   using device = Device.open();
   const { name, features } = device.info;
   console.log(`\n${device}: ${name}, ${features}`);
+  const watcher = device.kind === "cuda" ? new Watcher() : undefined;
   const began = performance.now();
   const child = new Deno.Command(Deno.execPath(), {
     args: [
@@ -66,11 +79,12 @@ await runTask(async () => {
   }).spawn();
   const text = await new Response(child.stdout).text();
   const { success } = await child.status;
+  const machine = await watcher?.stop() ?? {};
   if (text) {
-    const target = join(root, "dist/bench.json");
-    await Deno.writeTextFile(target, text);
-    showOwnTimes(JSON.parse(text));
-    console.log(`\nwritten to ${target}`);
+    const target = join(root, "dist/bench.json"), report = JSON.parse(text);
+    await Deno.writeTextFile(target, JSON.stringify({ ...report, ...machine }, null, 2));
+    showOwnTimes(report);
+    console.log(["", ...machineLines(machine), `written to ${target}`].join("\n"));
   }
   console.log(`done in ${((performance.now() - began) / 1e3).toFixed(0)} s`);
   if (!success) Deno.exitCode = 1;
