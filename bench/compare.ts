@@ -79,19 +79,20 @@ function yardsticks(
   return pairs.length ? pairs : [[itself, itself]];
 }
 
-/** What moved has moved against every yardstick; else it is a yardstick that did. */
+/**
+ * What moved by more than noise against its first yardstick, and at least half as far against all others: else it is
+ * the first that moved.
+ */
 function moveOf(stored: Results, old: Row, fresh: Results, now: Row): Move | undefined {
-  const moves = yardsticks(stored, old, fresh, now).map(([before, after]): Move => {
+  const [first, ...others] = yardsticks(stored, old, fresh, now).map(([before, after]): Move => {
     const change = now.ms / after.ms / (old.ms / before.ms) - 1;
     const drift = after.together ? [] : [stored.drift ?? 0, fresh.drift ?? 0];
     const noise = [now.noise ?? 0, old.noise ?? now.noise ?? 0, before.noise, after.noise];
     const limit = Math.max(leastLimit, Math.hypot(...noise, ...drift));
     return { what: describe(now), yardstick: after.name, change, limit };
   });
-  const agree = moves.every(({ change, limit }) =>
-    Math.abs(change) > limit && Math.sign(change) === Math.sign(moves[0].change)
-  );
-  return agree ? moves[0] : undefined;
+  const agree = others.every(({ change }) => change / first.change >= 0.5);
+  return agree && Math.abs(first.change) > first.limit ? first : undefined;
 }
 
 function accuracyMove(old: Accuracy, now: Accuracy): Move | undefined {

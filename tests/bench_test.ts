@@ -282,6 +282,11 @@ Deno.test("compare() judges flash by another's kernel, or by its own time", () =
 
   const drifting = { ...run({ flash: 11, cudnn: 6 }), drift: 0.12 };
   assertEquals(compare(run({ flash: 10, cudnn: 6 }), drifting).moves, []);
+
+  // Drift excuses what was not sampled in the same turns, and nothing else.
+  const slow = { ...run({ flash: 10, sage1: 8.5, cudnn: 6 }), drift: 0.12 };
+  const named = compare(run({ flash: 10, sage1: 8, cudnn: 6 }), slow).moves;
+  assertEquals(named.map(({ yardstick }) => yardstick), ["flash"]);
 });
 
 Deno.test("compare() does not blame others for a yardstick that moved", () => {
