@@ -44,11 +44,11 @@ const fallbackPtx = "89";
 const contractingSources = /\/(flash\w*|\w*attention\w*|row_products)\.cu$/;
 
 /**
- * Portable sources with other code for 8.9 on: FP8's conversions and products, and the kernel that tells of them.
- * nvcc's front end takes all others once, for 8.0.
+ * Portable sources without other code for 8.9 on, which FP8 has: nvcc's front end takes them once, for 8.0. One that is
+ * not listed is taken once more; one that should not be would lose what 8.9 can do.
  */
-const newerFeatures =
-  /\/(attention_codes_\w+|device|dequantize|pack|quantize\w*|tile_values|values)\.cu$/;
+const oldestFeatures =
+  /\/(attention|attention_(masked_|bytes_)?d\d+|columns|decode|masks|mean|row_products|stream)\.cu$/;
 
 /** Sources in this folder hold instructions that only sm_90a has. */
 const hopperFolder = "cuda/kernels/sm90/";
@@ -207,7 +207,7 @@ function featureLevel(architecture: string): string {
 
 /** Code of a portable source: nothing in them needs the features of one architecture alone. */
 function portableCode(source: string, architectures: string[], ptx: string[]): string[] {
-  const old = !newerFeatures.test(source);
+  const old = oldestFeatures.test(source);
   const level = (name: string) => old ? "80" : featureLevel(name);
   const codes = [
     ...architectures.map((name) => [level(name), `sm_${name.replace(/[af]$/, "")}`]),
