@@ -100,7 +100,7 @@ void set_hopper_sage2(const AttentionShape& shape, Plan& plan) {
   plan.block_k = tiles.block_n;
   plan.q_group_rows = 16;
   plan.k_group_rows = tiles.block_n;
-  constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+  constexpr int64_t kMostBlocks = (int64_t{1} << 30) - 1;
   const int64_t q_blocks = shape.batch * shape.q_heads * ((shape.q_tokens + plan.block_q - 1) / plan.block_q);
   const int64_t key_tiles = shape.batch * shape.kv_heads * ((shape.k_tokens + plan.block_k - 1) / plan.block_k);
   if (q_blocks + 2 * key_tiles > kMostBlocks) {

@@ -559,6 +559,12 @@ __device__ __forceinline__ uint64_t keys_between(int first, int last) {
   return from & to;
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Maximum and sum of rows g and g + 8 of this lane's columns.
 struct RowState {
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
@@ -781,7 +787,6 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   const int lane = thread % 32, c = lane % 4;
   const int batch = item.batch(p), head = item.head(p);
-  const float largest = p.largest;
   float inverse[2];
   const auto sees = [&](int half, int row) {
     if constexpr (C::kMasks) return (seen >> half & 1u) != 0;
@@ -792,7 +797,7 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
     float total = rows.sum[half];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    inverse[half] = 1.0f / total;
+    inverse[half] = reciprocal(total);
     const int in_block = group * 64 + thread / 32 % 4 * 16 + lane / 4 + half * 8, row = item.row0 + in_block;
     if (p.lse != nullptr && c == 0 && row < p.q_tokens) {
       float lse = (rows.maximum[half] + (log2f(total) + C::kShift)) * kLn2;
@@ -825,52 +830,66 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
     if (p.v_scales != nullptr) for_channels(p.v_scales, [](float& x, float scale) { x *= scale; });
     if (p.v_mean != nullptr) for_channels(p.v_mean, [](float& x, float mean) { x += mean; });
   }
+  const int first_row = item.row0 + group * 64 + thread / 32 % 4 * 16 + lane / 4;
+  const bool visible[2] = {sees(0, first_row), sees(1, first_row + 8)};
+  // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
+  float most = 0.0f;
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const int in_block = group * 64 + thread / 32 % 4 * 16 + lane / 4 + half * 8, row = item.row0 + in_block;
-    const bool exists = row < p.q_tokens, visible = sees(half, row);
-    const auto value_of = [&](int n, int e) {
-      float value = o[4 * n + 2 * half + e];
-      // A mean of values is no larger than the largest; rounding P must not take it past what the type holds.
-      if (is_finite(value)) value = fminf(fmaxf(value, -largest), largest);
-      return visible ? value : 0.0f;
-    };
-    const int64_t o_row = batch * p.o_stride[0] + head * p.o_stride[1] + row * p.o_stride[2];
-    if (p.wide_o) {  // four lanes trade pairs of channels, so that each stores eight in a row
+  for (int i = 0; i < C::kHeadDim / 2; i++) most = fmaxf(most, fabsf(o[i]));
+  if (__any_sync(~0u, most > p.largest * 0.99f)) {
 #pragma unroll
-      for (int n = 0; n < C::kHeadDim / 8; n += 4) {
-        uint32_t word[4];
+    for (int i = 0; i < C::kHeadDim / 2; i++) {
+      if (is_finite(o[i])) o[i] = fminf(fmaxf(o[i], -p.largest), p.largest);
+    }
+  }
+  const int64_t o_plane = batch * p.o_stride[0] + head * p.o_stride[1];
+  if (p.wide_o) {
+    const auto store = [&](auto type) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const float low = value_of(n + i, 0), high = value_of(n + i, 1);
-          word[i] = p.out_dtype == DType::kF16 ? pack<ptx::Half::kF16>(low, high) : pack<ptx::Half::kBF16>(low, high);
-        }
+      for (int half = 0; half < 2; half++) {
+        const int row = first_row + 8 * half;
+        char* const to = p.o + (o_plane + row * p.o_stride[2] + c * 8) * 2;
+        const int channels = row < p.q_tokens ? p.v_dim - 8 * c : 0;
 #pragma unroll
-        for (int bit = 1; bit <= 2; bit *= 2) {
-          const bool upper = (c & bit) != 0;
+        for (int n = 0; n < C::kHeadDim / 8; n += 4) {  // four lanes trade pairs of channels, so that each has eight
+          uint32_t word[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) {
-            if (i & bit) continue;
-            const uint32_t other = __shfl_xor_sync(~0u, upper ? word[i] : word[i + bit], bit);
-            word[i] = upper ? other : word[i];
-            word[i + bit] = upper ? word[i + bit] : other;
+            const float* const pair = o + 4 * (n + i) + 2 * half;
+            word[i] = visible[half] ? pack<decltype(type)::value>(pair[0], pair[1]) : 0;
           }
-        }
-        if (exists && (n + c) * 8 < p.v_dim) {
-          *reinterpret_cast<uint4*>(p.o + (o_row + (n + c) * 8) * 2) = make_uint4(word[0], word[1], word[2], word[3]);
+#pragma unroll
+          for (int bit = 1; bit <= 2; bit *= 2) {
+            const bool upper = (c & bit) != 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              if (i & bit) continue;
+              const uint32_t other = __shfl_xor_sync(~0u, upper ? word[i] : word[i + bit], bit);
+              word[i] = upper ? other : word[i];
+              word[i + bit] = upper ? word[i + bit] : other;
+            }
+          }
+          if (n * 8 < channels) *reinterpret_cast<uint4*>(to + n * 16) = make_uint4(word[0], word[1], word[2], word[3]);
         }
       }
-    } else if (exists) {
-      const int bytes = p.out_dtype == DType::kF32 ? 4 : 2;
-      char* to = p.o + (o_row + c * 2 * p.o_stride[3]) * bytes;
+    };
+    if (p.out_dtype == DType::kF16) return store(std::integral_constant<ptx::Half, ptx::Half::kF16>());
+    return store(std::integral_constant<ptx::Half, ptx::Half::kBF16>());
+  }
 #pragma unroll
-      for (int n = 0; n < C::kHeadDim / 8; n++) {
+  for (int half = 0; half < 2; half++) {
+    const int row = first_row + 8 * half;
+    if (row >= p.q_tokens) continue;
+    const int bytes = p.out_dtype == DType::kF32 ? 4 : 2;
+    char* to = p.o + (o_plane + row * p.o_stride[2] + c * 2 * p.o_stride[3]) * bytes;
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-          store_if(n * 8 + c * 2 + e < p.v_dim, to, p.out_dtype, value_of(n, e));
-          to += p.o_stride[3] * (e == 0 ? bytes : 7 * bytes);
-          asm volatile("" : "+l"(to));  // addresses one by one: many would need many registers
-        }
+    for (int n = 0; n < C::kHeadDim / 8; n++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float value = visible[half] ? o[4 * n + 2 * half + e] : 0.0f;
+        store_if(n * 8 + c * 2 + e < p.v_dim, to, p.out_dtype, value);
+        to += p.o_stride[3] * (e == 0 ? bytes : 7 * bytes);
+        asm volatile("" : "+l"(to));  // addresses one by one: many would need many registers
       }
     }
   }
@@ -1318,6 +1337,15 @@ struct Operands {
   View q, k, v;
 };
 
+// Planes to a run, of which `most` fit in the cache. Where the items of so many are whole turns of the blocks there and
+// back, all blocks get the same work; else where runs begin moves on, and with it who gets the longest items.
+inline int planes_of_run(int most, int q_blocks, int width) {
+  for (int planes = (most + 1) / 2; planes <= most; planes++) {
+    if (planes * q_blocks % (2 * width) == 0) return planes;
+  }
+  return std::min(most, 32);
+}
+
 template <class C>
 void launch_f16(F16Params params, const Operands& operands, cudaStream_t stream) {
   int ordinal = 0, multiprocessors = 0;
@@ -1331,24 +1359,24 @@ void launch_f16(F16Params params, const Operands& operands, cudaStream_t stream)
   const int64_t plane_bytes =
       int64_t{params.k_tokens} * C::kHeadDim * (C::kElement + 2) / static_cast<int64_t>(params.group.divisor) + 1;
   // Many planes to a run: what matters is that all blocks get the same work. Few: that they stay near one another.
-  constexpr int64_t kCacheBytes = 40 << 20, kLittleCacheBytes = 24 << 20, kMostPlanes = 32, kManyPlanes = 6;
+  constexpr int64_t kCacheBytes = 40 << 20, kLittleCacheBytes = 24 << 20, kManyPlanes = 6;
   params.longest_first = params.low == -params.q_tokens && params.high < params.k_tokens;
   params.turn_around = kCacheBytes / plane_bytes >= kManyPlanes && (!C::kMasks || params.longest_first);
   const int64_t fitting = (params.turn_around ? kCacheBytes : kLittleCacheBytes) / plane_bytes;
-  const int run_planes =
-      static_cast<int>(std::min<int64_t>(std::clamp<int64_t>(fitting, 1, kMostPlanes), params.planes));
+  const int most_planes = static_cast<int>(std::clamp<int64_t>(fitting, 1, params.planes));
+  const int clusters = multiprocessors / C::kCluster;
+  const int run_planes = params.turn_around ? planes_of_run(most_planes, q_blocks, clusters) : most_planes;
   params.q_blocks = Divisor(q_blocks);
   params.items = params.planes * q_blocks;
   params.run_planes = Divisor(run_planes);
   params.last_planes = Divisor(params.planes % run_planes == 0 ? run_planes : params.planes % run_planes);
   params.run_items = Divisor(run_planes * q_blocks);
-  const int clusters = std::min(params.items, multiprocessors / C::kCluster);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = C::kCluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * C::kCluster));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(params.items, clusters) * C::kCluster));
   config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = C::kSharedBytes;
   config.stream = stream;

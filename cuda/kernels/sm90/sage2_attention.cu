@@ -13,9 +13,11 @@ float largest_finite(DType dtype) {
   return dtype == DType::kF16 ? 65504.0f : dtype == DType::kBF16 ? 0x1.fep127f : 0x1.fffffep127f;
 }
 
-bool takes_vectors(const View& o) {
-  const auto multiple = [&](int axis) { return o.shape[axis] == 1 || o.stride[axis] % 8 == 0; };
-  return bits_per_element(o.dtype) == 16 && o.channels() % 8 == 0 && o.stride[3] == 1 && multiple(0) && multiple(1) &&
+// The band's outputs have no more than 16 bits on their way.
+bool takes_vectors(const View& o, bool band) {
+  const int bytes = bits_per_element(o.dtype) / 8;
+  const auto multiple = [&](int axis) { return o.shape[axis] == 1 || o.stride[axis] * bytes % 16 == 0; };
+  return !(band && bytes > 2) && o.channels() % 8 == 0 && o.stride[3] == 1 && multiple(0) && multiple(1) &&
          multiple(2) && reinterpret_cast<uintptr_t>(o.data) % 16 == 0;
 }
 
@@ -30,7 +32,7 @@ Sage2Params sage2::make_params(const Sage2Op& op) {
   for (int i = 0; i < 4; i++) params.o_stride[i] = op.o.stride[i];
   for (int i = 0; i < 3; i++) params.lse_stride[i] = op.lse.stride[i];
   params.out_dtype = op.o.dtype;
-  params.vectors = takes_vectors(op.o);
+  params.vectors = takes_vectors(op.o, op.plan.band);
   params.q_tokens = static_cast<int>(op.q.tokens());
   params.k_tokens = static_cast<int>(op.k.tokens());
   params.v_dim = static_cast<int>(op.v.channels());

@@ -14,8 +14,10 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../ptx/barrier.cuh"
+#include "../ptx/fragment.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/wgmma.cuh"
 #include "half_sums.cuh"
@@ -334,8 +336,13 @@ __device__ __forceinline__ int shared_by_warp(int x) {
   return static_cast<int>(__reduce_or_sync(~0u, static_cast<uint32_t>(x)));
 }
 
-// With a mask: beside the index of an item all of whose tiles are closed.
-constexpr uint32_t kNoTiles = 1u << 31;
+// Beside the index of an item: a mask closes all of its tiles; some key of its plane is not finite.
+constexpr uint32_t kNoTiles = 1u << 31, kBadKeys = 1u << 30;
+// What the latter comes to.
+__device__ __forceinline__ uint32_t bad_keys(const Sage2Params& p, const Item& item) {
+  return __ldg(p.packed.flags + item.kv_plane) & kKeyFlag ? kBadKeys : 0;
+}
+
 // What the producer says of a tile that it takes, in a word: how many open ones follow to its left, before there is
 // another word; whether these are the last of the item.
 constexpr uint32_t kTakenLast = 1, kTakenOpen = 2, kTakenMore = 4, kMostMore = 15, kTakenTile = 64;
@@ -384,7 +391,7 @@ struct Course {
   Course() = default;
   // q_scales: of the block, in shared memory.
   __device__ __forceinline__ Course(const Sage2Params& p, uint32_t word, const float* q_scales)
-      : index(C::kBoolMask ? word & ~kNoTiles : word) {
+      : index(word & ~(kNoTiles | kBadKeys)) {
     if (index >= p.items) return;
     const Item item = item_at<C>(p, index);
     first_row = item.block * kBlockM;
@@ -401,8 +408,9 @@ struct Course {
     first_key = first * C::kBlockN;
     q_scale = q_scales[threadIdx.x / 4];
     if (!C::kBoolMask) next_k_scale = key_scale(p, tile);
-    const uint32_t flags = __reduce_or_sync(~0u, __ldg(p.packed.flags + item.kv_plane));
-    last_open = flags & kKeyFlag ? kFlagged : max(last_key(p, first_row), 0);
+    // With a mask, the warp that copies has no registers for what another may ask for itself.
+    if (C::kBoolMask) word = __reduce_or_sync(~0u, bad_keys(p, item));
+    last_open = word & kBadKeys ? kFlagged : max(last_key(p, first_row), 0);
   }
 
   // Takes the next tile into work; false: there is none.
@@ -944,57 +952,141 @@ __device__ __forceinline__ void store_output(char* o, DType type, int64_t at, fl
   }
 }
 
-// Four words of a quad's lanes, transposed: lane c gets word c of lanes 0..3.
-__device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int c) {
+// Room of a warp for its 16 rows in 16 bits: what its lanes have of a total. Of each 8 columns that is a span, 128 of
+// whose bytes are a unit: 8 chunks of a row, which is one or more units. Chunks of a unit are in an order that depends
+// on the row, so that neither chunks of a row nor those of a column meet in a bank.
+template <class C>
+struct RowRoom {
+  static constexpr int kUnits = C::kHeadDim / 64, kUnitsOfSpan = C::kTotalBytes;  // of a row; of a span
+  static constexpr int kRows = 4 / kUnits;                                        // that a warp takes at once
+  static_assert(kUnits % kUnitsOfSpan == 0 || kUnitsOfSpan % kUnits == 0);
+  uint32_t base;
+  int lane;
+
+  __device__ __forceinline__ explicit RowRoom(const uint8_t* totals) {
+    uint32_t thread;  // read again, so that nothing made of it occupies a register all the while
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    lane = static_cast<int>(thread % 32);
+    base = ptx::shared_address(totals) + thread % 128 / 32 * (128 * kUnitsOfSpan);
+  }
+
+  static __device__ __forceinline__ constexpr int unit(int number) {
+    return number / kUnitsOfSpan * (512 * kUnitsOfSpan) + number % kUnitsOfSpan * 128;
+  }
+  // Where a lane's row of fragments begins, and where those of columns 8n to 8n + 15 are.
+  __device__ __forceinline__ uint32_t fragments() const {
+    return base + unit(lane % 16 * kUnits) + (lane / 16 ^ lane % 8) * 16;
+  }
+  static __device__ __forceinline__ uint32_t fragment(uint32_t fragments, int n) {
+    return (fragments ^ n % 8 * 16) + unit(n / 8);
+  }
+  // A lane's chunk of the first kRows rows, and of those that follow.
+  __device__ __forceinline__ uint32_t chunks() const {
+    return base + unit(lane / 8) + (lane % 8 ^ lane / 8 / kUnits) * 16;
+  }
+  static __device__ __forceinline__ uint32_t chunk(uint32_t chunks, int step) {
+    return (chunks ^ step * kRows % 8 * 16) + unit(4 * step);
+  }
+};
+
+template <DType kType>
+using TypeOfOutput =
+    std::conditional_t<kType == DType::kF32, float, std::conditional_t<kType == DType::kF16, __half, __nv_bfloat16>>;
+
+// What averages of V's codes come to, for 8 channels of a lane: scale * average + mean * centred.
+struct ChannelsOfLane {
+  float scale[8] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f}, mean[8] = {};
+
+  __device__ __forceinline__ void load(const float* scales, const float* means) {
 #pragma unroll
-  for (int pair = 0; pair < 4; pair += 2) {
-    const uint32_t other = __shfl_xor_sync(~0u, c & 1 ? word[pair] : word[pair + 1], 1);
-    if (c & 1) {
-      word[pair] = other;
-    } else {
-      word[pair + 1] = other;
+    for (int i = 0; i < 8; i += 4) {
+      const float4 s = __ldg(reinterpret_cast<const float4*>(scales + i));
+      const float4 m = __ldg(reinterpret_cast<const float4*>(means + i));
+      scale[i] = s.x, scale[i + 1] = s.y, scale[i + 2] = s.z, scale[i + 3] = s.w;
+      mean[i] = m.x, mean[i + 1] = m.y, mean[i + 2] = m.z, mean[i + 3] = m.w;
     }
   }
+
+  // Nothing is to be added, and no average can exceed `largest`, however it is rounded.
+  __device__ __forceinline__ bool are_plain(float largest) const {
+    bool centred = false;
+    float most = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const uint32_t other = __shfl_xor_sync(~0u, c & 2 ? word[i] : word[i + 2], 2);
-    if (c & 2) {
-      word[i] = other;
-    } else {
-      word[i + 2] = other;
+    for (int i = 0; i < 8; i++) centred |= mean[i] != 0.0f, most = fmaxf(most, scale[i]);
+    return !__any_sync(~0u, centred || !(most * (2.0f * kE4m3Range) < largest));
+  }
+};
+
+// Rows of a warp from its room, in pieces of 16 bytes. Where channels are not plain, what is centred is added, and a
+// mean of values, which is no larger than the largest, stays so.
+template <class C, DType kOut, bool kPlain>
+__device__ __forceinline__ void store_pieces(const Sage2Params& p, const ChannelsOfLane& channels,
+                                             const float (&centred)[2], char* to, int rows, const RowRoom<C>& room) {
+  using Out = TypeOfOutput<kOut>;
+  static_assert(!C::kBand || sizeof(Out) == 2);
+  constexpr int kRows = RowRoom<C>::kRows, kChunks = C::kHeadDim / 8;
+  const int row = room.lane / kChunks, chunk = room.lane % kChunks;
+  const uint32_t chunks = room.chunks();
+  const int left = 8 * chunk < p.v_dim ? rows - row : 0;
+  to += static_cast<int64_t>(sizeof(Out)) * (row * p.o_stride[2] + 8 * chunk);
+#pragma unroll
+  for (int step = 0; step < 16 / kRows; step++) {
+    const uint4 piece = ptx::load_shared_16(room.chunk(chunks, step));
+    const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
+    if constexpr (C::kBand) {
+      if (step * kRows < left) *reinterpret_cast<uint4*>(to) = piece;
+      to += static_cast<int64_t>(sizeof(Out)) * kRows * p.o_stride[2];
+      continue;
     }
+    float share = 0.0f;
+    if (!kPlain) share = __shfl_sync(~0u, centred[step * kRows / 8], (step * kRows % 8 + row) * 4);
+    alignas(16) Out out[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(word + i / 2));
+      float x = (i & 1 ? pair.y : pair.x) * channels.scale[i];
+      if (!kPlain) x = fminf(fmaxf(fmaf(channels.mean[i], share, x), -p.largest), p.largest);
+      if constexpr (kOut == DType::kF32) {
+        out[i] = x;
+      } else if constexpr (kOut == DType::kF16) {
+        out[i] = __float2half_rn(x);
+      } else {
+        out[i] = __float2bfloat16_rn(x);
+      }
+    }
+    if (step * kRows < left) {
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(out)) / 16; i++) {
+        reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(out)[i];
+      }
+    }
+    to += static_cast<int64_t>(sizeof(Out)) * kRows * p.o_stride[2];
   }
 }
 
 // o: averages in V's codes (with the band: of V); centred: the share of P on values less their mean. `scratch` is the
-// room of the warpgroup's total.
+// room of the warpgroup's total. Rows that see nothing have averages of 0. Averages of codes take their way in f16,
+// which has more than their precision, and the range.
 template <class C>
 __device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& item, float (&o)[C::kOutputs],
                                            const RowState& state, const float (&centred)[2], int first_row,
                                            uint8_t* scratch) {
   const int c = threadIdx.x % 4;
-  const float* scales = p.packed.v_scales + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
-  const float* means = p.packed.v_mean + static_cast<int64_t>(item.kv_plane) * C::kHeadDim + 2 * c;
-  bool visible_row[2] = {last_key(p, first_row) >= first_key(p, first_row),
-                         last_key(p, first_row + 8) >= first_key(p, first_row + 8)};
+  const RowRoom<C> room(scratch);
+  bool visible[2] = {last_key(p, first_row) >= first_key(p, first_row),
+                     last_key(p, first_row + 8) >= first_key(p, first_row + 8)};
   if constexpr (C::kBoolMask) {  // a maximum's P is never 0
-    visible_row[0] = state.sum[0] > 0.0f, visible_row[1] = state.sum[1] > 0.0f;
+    visible[0] = state.sum[0] > 0.0f, visible[1] = state.sum[1] > 0.0f;
   }
-#pragma unroll
-  for (int n = 0; n < C::kHeadDim / 8; n++) {
-    float2 scale = {1.0f, 1.0f}, mean = {};
-    if constexpr (!C::kBand) {
-      scale = __ldg(reinterpret_cast<const float2*>(scales + 8 * n));
-      mean = __ldg(reinterpret_cast<const float2*>(means + 8 * n));
-    }
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
-      const float x = fmaf(o[4 * n + r], r & 1 ? scale.y : scale.x, (r & 1 ? mean.y : mean.x) * centred[r >> 1]);
-      // A mean of values is no larger than the largest; rounding must not take it past what the type holds.
-      o[4 * n + r] = visible_row[r >> 1] ? fminf(fmaxf(x, -p.largest), p.largest) : 0.0f;
-    }
+  const float share[2] = {visible[0] ? centred[0] : 0.0f, visible[1] ? centred[1] : 0.0f};
+  const int64_t plane = item.batch * p.o_stride[0] + item.head * p.o_stride[1];
+  const float* const scales = p.packed.v_scales + static_cast<int64_t>(item.kv_plane) * C::kHeadDim;
+  const float* const means = p.packed.v_mean + static_cast<int64_t>(item.kv_plane) * C::kHeadDim;
+  ChannelsOfLane channels;
+  if (!C::kBand && p.vectors) {
+    const int channel = room.lane % (C::kHeadDim / 8) * 8;
+    channels.load(scales + channel, means + channel);
   }
-  int64_t at[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = first_row + 8 * half;
@@ -1003,49 +1095,70 @@ __device__ __forceinline__ void store_rows(const Sage2Params& p, const Item& ite
       sum = state.exact[half] + __shfl_xor_sync(~0u, state.exact[half], 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
     }
-    at[half] = row < p.q_tokens ? item.batch * p.o_stride[0] + item.head * p.o_stride[1] + row * p.o_stride[2] : -1;
     if (p.lse == nullptr || c != 0 || row >= p.q_tokens) continue;
     float& lse = p.lse[item.batch * p.lse_stride[0] + item.head * p.lse_stride[1] + row * p.lse_stride[2]];
     const float own = (state.maximum[half] - C::kOffset + log2f(sum)) * kLn2;
-    lse = visible_row[half] && sum > 0.0f ? (p.adds_lse ? lse + own : own) : -INFINITY;
+    lse = visible[half] && sum > 0.0f ? (p.adds_lse ? lse + own : own) : -INFINITY;
   }
   if (p.vectors) {
-    const bool f16 = p.out_dtype == DType::kF16;
+    __syncwarp();  // every lane has read its total
+    const uint32_t fragments = room.fragments();
+    const auto put = [&](auto pack) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-      for (int n = 0; n < C::kHeadDim / 8; n += 4) {
+      for (int n = 0; n < C::kHeadDim / 8; n += 2) {
         uint32_t word[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          word[i] = pack_output(f16, o[4 * (n + i) + 2 * half], o[4 * (n + i) + 2 * half + 1]);
-        }
-        transpose_quad(word, c);
-        if (at[half] >= 0 && 8 * (n + c) < p.v_dim) {
-          *reinterpret_cast<uint4*>(p.o + 2 * (at[half] + 8 * (n + c))) =
-              make_uint4(word[0], word[1], word[2], word[3]);
-        }
+        for (int i = 0; i < 4; i++) word[i] = pack(o[4 * n + 2 * i], o[4 * n + 2 * i + 1]);
+        ptx::store_matrices(room.fragment(fragments, n), word);
       }
+      __syncwarp();
+    };
+    const int row = first_row - room.lane / 4, rows = p.q_tokens - row;
+    const auto store = [&](auto type) {
+      constexpr DType kOut = decltype(type)::value;
+      char* const to = p.o + static_cast<int64_t>(sizeof(TypeOfOutput<kOut>)) * (plane + row * p.o_stride[2]);
+      if constexpr (C::kBand) {
+        const auto clamped = [&](float x) { return fminf(fmaxf(x, -p.largest), p.largest); };
+        put([&](float low, float high) { return pack_output(kOut == DType::kF16, clamped(low), clamped(high)); });
+        store_pieces<C, kOut, true>(p, channels, share, to, rows, room);
+      } else if (channels.are_plain(p.largest)) {
+        store_pieces<C, kOut, true>(p, channels, share, to, rows, room);
+      } else {
+        store_pieces<C, kOut, false>(p, channels, share, to, rows, room);
+      }
+    };
+    if constexpr (!C::kBand) put([](float low, float high) { return pack_output(true, low, high); });
+    if (p.out_dtype == DType::kF16) {
+      store(std::integral_constant<DType, DType::kF16>());
+    } else if (C::kBand || p.out_dtype == DType::kBF16) {
+      store(std::integral_constant<DType, DType::kBF16>());
+    } else {
+      if constexpr (!C::kBand) store(std::integral_constant<DType, DType::kF32>());
     }
+    __syncwarp();
     return;
   }
   // Rows of any kind, by way of shared memory: registers know no loops.
   constexpr int kTiles = C::kHeadDim * C::kTotalBytes / 32;  // that fit in f32
-  auto* const room = reinterpret_cast<float4*>(scratch) + threadIdx.x % 128;
+  auto* const own = reinterpret_cast<float4*>(scratch) + threadIdx.x % 128;
 #pragma unroll
   for (int first = 0; first < C::kHeadDim / 8; first += kTiles) {
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
       const float* x = o + 4 * (first + n);
-      room[n * 128] = make_float4(x[0], x[1], x[2], x[3]);
+      own[n * 128] = make_float4(x[0], x[1], x[2], x[3]);
     }
 #pragma unroll 1
     for (int i = 0; i < 4 * kTiles; i++) {
-      const int channel = 8 * (first + i / 4) + 2 * c + (i & 1);
-      const int64_t row = i & 2 ? at[1] : at[0];
-      if (row < 0 || channel >= p.v_dim) continue;
-      store_output(p.o, p.out_dtype, row + channel * p.o_stride[3],
-                   reinterpret_cast<float*>(room + i / 4 * 128)[i % 4]);
+      const int channel = 8 * (first + i / 4) + 2 * c + (i & 1), row = first_row + (i & 2 ? 8 : 0);
+      if (row >= p.q_tokens || channel >= p.v_dim) continue;
+      float x = reinterpret_cast<float*>(own + i / 4 * 128)[i % 4];
+      if constexpr (!C::kBand) {
+        const float in_f16 = __half2float(__float2half_rn(x)) * __ldg(scales + channel);
+        x = fmaf(__ldg(means + channel), i & 2 ? share[1] : share[0], in_f16);
+      }
+      store_output(p.o, p.out_dtype, plane + row * p.o_stride[2] + channel * p.o_stride[3],
+                   fminf(fmaxf(x, -p.largest), p.largest));
     }
   }
 }
@@ -1056,7 +1169,7 @@ template <class C>
 struct Rings {
   Ring<C::kStages> keys, values;  // with keys comes what smoothing took from their scores
   Ring<C::kQueryBuffers> queries;
-  uint32_t* items;  // whose queries are in a buffer; kNoItem: there are no more
+  uint32_t* items;  // whose queries are in a buffer, in a word; kNoItem: there are no more
   uint32_t* taken;  // with a mask: the tile in a stage
   static constexpr uint32_t kNoItem = ~0u;
 
@@ -1066,6 +1179,11 @@ struct Rings {
         queries{base + 2 * Ring<C::kStages>::kBytes},
         items(reinterpret_cast<uint32_t*>(shared + C::kItemsAt)),
         taken(reinterpret_cast<uint32_t*>(shared + C::kTakenAt)) {}
+
+  // A number that was told, in each lane; the reduction leaves it where the compiler keeps what a warp shares.
+  static __device__ __forceinline__ uint32_t told(uint32_t* number) {
+    return __reduce_or_sync(~0u, threadIdx.x % 32 == 0 ? atomicOr(number, 0u) : 0u);
+  }
 
   // Queries and their scales of a block.
   __device__ __forceinline__ void fill_queries(const Sage2Packed& packed, uint32_t shared, uint32_t buffer,
@@ -1085,9 +1203,13 @@ __device__ __forceinline__ void copy_tiles(const Sage2Params& p, uint32_t shared
   // Hands over an item; its queries come where it has tiles.
   const auto claim = [&](uint32_t index) {
     ptx::barrier_wait(rings.queries.empty(query.index), query.parity ^ 1);
-    atomicExch(rings.items + query.index, index);  // atomic for racecheck, which does not follow barriers like these
     Item item = {};
-    if (index != rings.kNoItem) item = item_at<C>(p, index);
+    uint32_t word = index;
+    if (index != rings.kNoItem) {
+      item = item_at<C>(p, index);
+      word |= bad_keys(p, item);
+    }
+    atomicExch(rings.items + query.index, word);  // atomic for racecheck, which does not follow barriers like these
     if (item.end_tile > item.first_tile) {
       rings.fill_queries(p.packed, shared, query.index,
                          static_cast<int64_t>(item.plane) * p.q_blocks.divisor + item.block);
@@ -1303,7 +1425,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
   // With a mask: which tile the producer says is in the slot.
   const auto take_tile = [&](Course<C>& of) {
     if constexpr (C::kBoolMask) {
-      of.take(p, [&] { return __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.taken + slot.index, 0u) : 0u); });
+      of.take(p, [&] { return rings.told(rings.taken + slot.index); });
     }
   };
 
@@ -1320,8 +1442,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
 
   const auto next_course = [&] {
     ptx::barrier_wait(rings.queries.full(query.index), query.parity);
-    // The reduction leaves it where the compiler keeps what a warp shares.
-    return Course<C>(p, __reduce_or_sync(~0u, lane == 0 ? atomicOr(rings.items + query.index, 0u) : 0u),
+    return Course<C>(p, rings.told(rings.items + query.index),
                      reinterpret_cast<const float*>(shared + C::kScalesAt + query.index * C::kScaleBytes));
   };
 
