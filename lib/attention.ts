@@ -59,23 +59,30 @@ export interface AttentionWithLse<O extends DType = FloatDType> extends Disposab
   lse: Tensor<"f32">;
 }
 
+function checkChannels(action: string, name: string, channels: number): void {
+  if (channels > 256) throw new RangeError(cannot(action, name, "be at most 256", channels));
+}
+
+function checkEqual(
+  action: string,
+  name: string,
+  value: number,
+  otherName: string,
+  other: number,
+): void {
+  if (value === other) return;
+  throw new RangeError(cannot(action, name, `equal ${otherName} (${other})`, value));
+}
+
 /** Refuses shapes that do not belong together; all in the order [batch, heads, tokens, channels]. */
 export function checkShapes(action: string, q: Shape, k: Shape, v: Shape): void {
-  const equal = (name: string, value: number, otherName: string, other: number) => {
-    if (value !== other) {
-      throw new RangeError(cannot(action, name, `equal ${otherName} (${other})`, value));
-    }
-  };
-  for (const [name, channels] of [["q", q[3]], ["v", v[3]]] as const) {
-    if (channels > 256) {
-      throw new RangeError(cannot(action, `channels of ${name}`, "be at most 256", channels));
-    }
-  }
-  equal("batch of k", k[0], "batch of q", q[0]);
-  equal("batch of v", v[0], "batch of q", q[0]);
-  equal("channels of k", k[3], "channels of q", q[3]);
-  equal("heads of v", v[1], "heads of k", k[1]);
-  equal("tokens of v", v[2], "tokens of k", k[2]);
+  checkChannels(action, "channels of q", q[3]);
+  checkChannels(action, "channels of v", v[3]);
+  checkEqual(action, "batch of k", k[0], "batch of q", q[0]);
+  checkEqual(action, "batch of v", v[0], "batch of q", q[0]);
+  checkEqual(action, "channels of k", k[3], "channels of q", q[3]);
+  checkEqual(action, "heads of v", v[1], "heads of k", k[1]);
+  checkEqual(action, "tokens of v", v[2], "tokens of k", k[2]);
   if (q[1] % k[1] !== 0) {
     throw new RangeError(
       cannot(action, "heads of q", `be a multiple of heads of k (${k[1]})`, q[1]),
@@ -83,12 +90,22 @@ export function checkShapes(action: string, q: Shape, k: Shape, v: Shape): void 
   }
 }
 
-/** Where a call's results go. */
-export interface Results {
-  out: Tensor<FloatDType>;
-  lse: Tensor<"f32"> | undefined;
-  /** Drops what was made for the call. */
-  [Symbol.dispose](): void;
+/** Where a call's results go; disposing it drops what was made for the call. */
+export class Results {
+  readonly #made: Tensor | undefined;
+
+  constructor(
+    readonly out: Tensor<FloatDType>,
+    readonly lse: Tensor<"f32"> | undefined,
+    made: Tensor | undefined,
+  ) {
+    this.#made = made;
+  }
+
+  [Symbol.dispose](): void {
+    this.#made?.dispose();
+    this.lse?.dispose();
+  }
 }
 
 /** Refuses an output that was given but does not fit; the shape is [batch, heads, tokens, channels]. */
@@ -128,21 +145,14 @@ export function makeResults(
   const { out: given, outDtype, returnLse } = options;
   checkOut(action, stream, shape, options);
   const out = given ?? device.empty(permute(shape, layout), { dtype: outDtype ?? dtype, layout });
-  const drop = () => given ?? out.dispose();
+  const made = given === undefined ? out : undefined;
   try {
     const lse = returnLse
       ? device.empty(permute([shape[0], shape[1], shape[2], 1], layout), { layout })
       : undefined;
-    return {
-      out,
-      lse,
-      [Symbol.dispose]() {
-        drop();
-        lse?.dispose();
-      },
-    };
+    return new Results(out, lse, made);
   } catch (error) {
-    drop();
+    made?.dispose();
     throw error;
   }
 }
@@ -176,11 +186,8 @@ function writeCall(
 
 function checkDTypes(action: string, q: DType, k: DType, v: DType): void {
   checkOneOf(action, "q.dtype", q as FloatDType, floatDTypes);
-  for (const [name, dtype] of [["k", k], ["v", v]] as const) {
-    if (dtype !== q) {
-      throw new TypeError(cannot(action, `${name}.dtype`, `equal q.dtype ("${q}")`, dtype));
-    }
-  }
+  if (k !== q) throw new TypeError(cannot(action, "k.dtype", `equal q.dtype ("${q}")`, k));
+  if (v !== q) throw new TypeError(cannot(action, "v.dtype", `equal q.dtype ("${q}")`, v));
 }
 
 /** What kinds of attention on floating-point tensors differ in. */
@@ -204,15 +211,15 @@ export function runAttention(
   const { storage: { stream }, geometry, bytes } = interiorOf(action, "q", q);
   const kInside = interiorOf(action, "k", k, stream), vInside = interiorOf(action, "v", v, stream);
   checkDTypes(action, q.dtype, k.dtype, v.dtype);
-  const [batch, heads, tokens] = geometry.shape;
-  checkShapes(action, geometry.shape, kInside.geometry.shape, vInside.geometry.shape);
-  check?.(geometry.shape, kInside.geometry.shape);
-  checkMaskTensors(action, stream, geometry.shape, kInside.geometry.shape, options);
+  const { shape } = geometry;
+  checkShapes(action, shape, kInside.geometry.shape, vInside.geometry.shape);
+  check?.(shape, kInside.geometry.shape);
+  checkMaskTensors(action, stream, shape, kInside.geometry.shape, options);
   const results = makeResults(
     action,
     q.device,
     stream,
-    [batch, heads, tokens, vInside.geometry.shape[3]],
+    [shape[0], shape[1], shape[2], vInside.geometry.shape[3]],
     q.layout,
     q.dtype as FloatDType,
     options,

@@ -111,14 +111,21 @@ export function writeMaskOptions(call: Struct, at: number, options: MaskOptions)
 
 // ---- tensors ------------------------------------------------------------------------------------------
 
+/** Whether there are none, as in most calls. */
+function lacksMaskTensors({ mask, sinks, alibi }: MaskTensors): boolean {
+  return mask === undefined && sinks === undefined && alibi === undefined;
+}
+
 /** Refuses tensors that do not fit to the others; shapes are in the order [batch, heads, tokens, channels]. */
 export function checkMaskTensors(
   action: string,
   stream: Stream,
-  [batch, heads, queries]: Shape,
-  [, , keys]: Shape,
+  q: Shape,
+  k: Shape,
   options: MaskTensors,
 ): void {
+  if (lacksMaskTensors(options)) return;
+  const [batch, heads, queries] = q, keys = k[2];
   const lengths: Record<keyof MaskTensors, number[][]> = {
     mask: [[1, batch], [1, heads], [1, queries], [keys]],
     sinks: [[1], [heads], [1], [1]],
@@ -144,6 +151,7 @@ export function writeMaskTensors(
   stream: Stream,
   options: MaskTensors,
 ): void {
+  if (lacksMaskTensors(options)) return;
   for (const name of maskTensorNames as readonly (keyof MaskTensors)[]) {
     const tensor = options[name];
     if (tensor) {

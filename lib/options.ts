@@ -154,6 +154,7 @@ const flashNames = [...commonNames, ...maskTensorNames];
 const quantizedNames = [...commonNames, "kernel", "pvAccumulator", "pvRange", "exponential"];
 const smoothNames = ["granularity", "smoothQ", "smoothK", "smoothV"];
 const beyondNames = ["kMeanRows", "rotate", "band", "firstToken"] as const;
+const quantizedOnly = ["granularity", "smoothQ", "smoothK", "smoothV", ...beyondNames] as const;
 const attentionNames = [...quantizedNames, ...maskTensorNames, ...smoothNames, ...beyondNames];
 
 /** The options that each function knows. */
@@ -176,6 +177,7 @@ export const optionNames = {
 export const kernels: readonly Exclude<Kernel, "auto">[] = Object.freeze(
   (Object.keys(kernelNumbers) as Kernel[]).filter((kernel) => kernel !== "auto"),
 );
+const allKernels: readonly Kernel[] = ["auto", ...kernels];
 const accumulators = Object.keys(accumulatorNumbers) as readonly ("f32" | "f16")[];
 const exponentials = Object.keys(exponentialNumbers) as readonly ("exact" | "fast")[];
 const ranges: readonly (448 | 224 | 112)[] = [448, 224, 112];
@@ -196,7 +198,7 @@ export function checkAttentionOptions(
   checkBoolean(action, "smoothV", options.smoothV);
   checkBeyond(action, options);
   const { kernel = "auto", scale, granularity, pvAccumulator, pvRange, exponential } = options;
-  checkOneOf<Kernel>(action, "kernel", kernel, ["auto", ...kernels]);
+  checkOneOf(action, "kernel", kernel, allKernels);
   // The library computes in single precision, where this must not become 0 or infinite.
   if (scale !== undefined) {
     checkPositive(action, "scale", scale, 3e38);
@@ -251,7 +253,7 @@ function checkBeyond(action: string, options: AttentionOptions): void {
 }
 
 function checkUnquantized(action: string, options: AttentionOptions): void {
-  for (const name of ["granularity", "smoothQ", "smoothK", "smoothV", ...beyondNames] as const) {
+  for (const name of quantizedOnly) {
     const value = options[name];
     if (value !== undefined && value !== false) {
       throw new TypeError(

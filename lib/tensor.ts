@@ -182,8 +182,9 @@ export class Tensor<D extends DType = DType> {
     this.device = device;
     this.dtype = geometry.dtype as D;
     this.layout = geometry.layout;
-    this.shape = Object.freeze(permute(geometry.shape, geometry.layout));
-    this.strides = Object.freeze(permute(geometry.stride, geometry.layout));
+    // Copies: every call reads the geometry's own, and frozen arrays are slow to read.
+    this.shape = Object.freeze([...permute(geometry.shape, geometry.layout)] as const);
+    this.strides = Object.freeze([...permute(geometry.stride, geometry.layout)] as const);
     this.byteLength = denseBytes(geometry);
     this.#geometry = geometry;
     this.#byteOffset = byteOffset;

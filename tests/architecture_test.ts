@@ -21,7 +21,14 @@ import {
   worstDifference,
   worstRow,
 } from "./attention.ts";
-import { deviceNames, download, type Lengths, randomProblem, uploadProblem } from "./devices.ts";
+import {
+  deviceNames,
+  download,
+  type Lengths,
+  olderArchitectures,
+  randomProblem,
+  uploadProblem,
+} from "./devices.ts";
 import { referenceAttention } from "./reference.ts";
 
 const spec = { shape: [1, 2, 300, 64], dtype: "f16" } as const;
@@ -79,20 +86,8 @@ Deno.test({
 const name = "cuda:0" as const;
 const hasCuda = deviceNames.includes(name);
 
-/** Whether the GPU runs the kernels of 8.9: older ones, and code for 8.0 alone, have none. */
-function runsFp8(): boolean {
-  if (!hasCuda) return false;
-  try {
-    Device.open(name, { architecture: 89 }).dispose();
-    return true;
-  } catch (error) {
-    if (error instanceof UnsupportedError) return false;
-    throw error;
-  }
-}
-
 const kernels = ["sage2", "sage2++", "sage2-int4"] as const;
-const architectures = runsFp8() ? [80, 89] as const : hasCuda ? [80] as const : [];
+const architectures = hasCuda ? olderArchitectures(name) : [];
 
 /** One test for each older architecture that the GPU can stand in for. */
 function architectureTest(

@@ -20,7 +20,7 @@ import {
   runs,
   uploadProblem,
 } from "./devices.ts";
-import { boolMask, type Sees, shownBy } from "./masks.ts";
+import { type Sees, shownBy } from "./masks.ts";
 import { type Dims, referenceAttention, uniform } from "./reference.ts";
 
 /** A mask on a device, and as the reference takes it. */
@@ -257,51 +257,6 @@ deviceTest(
           }
         },
       );
-    }
-  },
-);
-
-deviceTest(
-  "a bool mask over much work may be open as a whole, or all but one key",
-  async (device) => {
-    if (device.kind === "cpu") return; // which has one code for all
-    const heads = 32, queries = 256, keys = 16384, row = 100, hiddenKey = 16000, channel = 9;
-    const kinds: AttentionOptions[] = [
-      { kernel: "flash" },
-      { kernel: "sage1", smoothK: false, smoothV: false },
-      { kernel: "sage2", exponential: "fast" },
-      { kernel: "sage2", exponential: "exact" },
-    ];
-    using all = boolMask(device, [1, 1, queries, keys], () => true);
-    using ofKeys = boolMask(device, [1, 1, 1, keys], () => true);
-    using one = boolMask(device, [1, 1, queries, keys], (i, j) => i !== row || j !== hiddenKey);
-    for (const channels of [64, 128, 256]) {
-      const lengths = { heads, kvHeads: 1, queries, keys, channels };
-      const problem = randomProblem(lengths, "f16", channels + 1), v = problem.v.slice();
-      v[hiddenKey * channels + channel] = Infinity;
-      using good = uploadProblem(device, problem, "f16");
-      using bad = uploadProblem(device, { ...problem, v }, "f16");
-      for (const kind of kinds) {
-        for (const more of [{}, { causal: true }, { window: 2000 }] as MaskOptions[]) {
-          const options = { ...kind, ...more };
-          if (!runs(good.q, good.k, good.v, { ...options, mask: all })) continue;
-          if (explain(good.q, good.k, good.v, options).architecture !== "sm_90") continue;
-          const what = `D ${channels}, ${JSON.stringify(options)}`;
-          const plain = await run(good, options);
-          for (const mask of [all, ofKeys]) {
-            const open = await run(good, { ...options, mask });
-            assertEquals(bits(open.out), bits(plain.out), what);
-            assertEquals(bits(open.lse), bits(plain.lse), what);
-          }
-          using out = poisoned(device, [1, heads, queries, channels], "f16");
-          attention(bad.q, bad.k, bad.v, { ...options, mask: one, out });
-          const values = await download(out);
-          for (let i = 0; i < heads * queries; ++i) {
-            const [other, own] = [0, channel].map((c) => Number.isFinite(values[i * channels + c]));
-            assertEquals([other, own], [true, i % queries === row], `${what}: row ${i}`);
-          }
-        }
-      }
     }
   },
 );

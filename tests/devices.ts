@@ -24,6 +24,17 @@ export const deviceNames = Device.list().map(({ device }) => device).slice(0, 2)
 export const libraryPath = Deno.env.get("DENO_SAGE_PATH") ??
   decodeURIComponent(new URL("../dist/libsage.so", import.meta.url).pathname);
 
+/** Older architectures whose kernels a CUDA device can run: FP8 products need it, and the library, to be as new. */
+export function olderArchitectures(name: typeof deviceNames[number]): (80 | 89)[] {
+  try {
+    Device.open(name, { architecture: 89 }).dispose();
+    return [80, 89];
+  } catch (error) {
+    if (error instanceof UnsupportedError) return [80];
+    throw error;
+  }
+}
+
 /** One test for each device; it fails where the body leaves an allocation or a stream behind. */
 export function deviceTest(
   name: string,

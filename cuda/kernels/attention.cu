@@ -1,5 +1,6 @@
 // From checked operations to the sm_80 attention kernels: parameters, and which instance a head dimension takes.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 
 #include "attention_sm80.cuh"
@@ -100,14 +101,50 @@ void choose(bool general, const Plan& plan, Launch launch) {
   general ? with(std::true_type{}) : with(std::false_type{});
 }
 
+// What tells whether the call's mask hides something, where looking costs little beside the work: two launches take
+// microseconds, and each block of both looks. What many tiles say is put together first.
+WholeMask look_at_whole_mask(const View& mask, const MaskTiles& tiles, int block_q, double scores,
+                             cudaStream_t stream) {
+  constexpr double kLeastScores = 1 << 27;
+  constexpr int64_t kTilesOfBlock = 16 * 128;  // of a block's threads, 16 each
+  const int64_t count = count_mask_tiles(mask, block_q);
+  if (scores < kLeastScores || count > INT_MAX) return {};
+  const WholeMask all{tiles.tiles, static_cast<int>(count)};
+  if (count <= kTilesOfBlock) return all;
+  TileState* const whole = tiles.tiles + count;
+  launch_whole_mask(all, whole, stream);
+  return {whole, 1};
+}
+
+// Calls launch(params, masking), first as if there were no mask where that may be so.
+template <class Launch>
+void launch_masked(AttentionParams& params, const Masking& masking, const MaskTiles& tiles, const Plan& plan,
+                   int64_t planes, cudaStream_t stream, Launch launch) {
+  Masking unmasked = masking;
+  unmasked.mask = View{};
+  if (masking.mask && !is_general(unmasked) && !is_beyond(plan, params.k_tokens)) {
+    const double scores = static_cast<double>(planes) * params.q_tokens * params.k_tokens;
+    params.whole_mask = look_at_whole_mask(masking.mask, tiles, plan.block_q, scores, stream);
+    if (params.whole_mask.tiles != nullptr) {
+      AttentionParams without = params;
+      without.mask_tiles = nullptr;
+      launch(without, unmasked);
+    }
+  }
+  launch(params, masking);
+}
+
 }  // namespace
 
 void launch_flash(const AttentionOp& op, const MaskTiles& tiles, cudaStream_t stream) {
-  const AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, tiles, op.scale);
+  AttentionParams params = make_params(op.q, op.k, op.v, op.o, op.lse, op.masking, tiles, op.scale);
   const int64_t planes = op.q.batch() * op.q.heads();
-  choose(is_general(op.masking), op.plan, [&](auto head_dim, auto general) {
-    launch_flash_for<decltype(head_dim)::value, decltype(general)::value>(params, op.q.dtype, planes, stream);
-  });
+  launch_masked(
+      params, op.masking, tiles, op.plan, planes, stream, [&](const AttentionParams& params, const Masking& masking) {
+        choose(is_general(masking), op.plan, [&](auto head_dim, auto general) {
+          launch_flash_for<decltype(head_dim)::value, decltype(general)::value>(params, op.q.dtype, planes, stream);
+        });
+      });
 }
 
 namespace {
@@ -179,16 +216,19 @@ void launch_sage(const SageOp& op, cudaStream_t stream) {
   const bool column_terms = has_column_terms(plan, static_cast<bool>(op.delta), params.k_tokens);
   const bool f16_accumulator = plan.f16_accumulator || plan.kernel == Kernel::kSage2PP;
   const int64_t planes = op.q.batch() * op.q.heads();
-  choose(is_general(op.masking) || is_beyond(plan, params.k_tokens), plan, [&](auto head_dim, auto general) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    constexpr bool kGeneral = decltype(general)::value;
-    if (kGeneral && plan.kernel == Kernel::kSageInt8) return launch_sage_int8_for<kHeadDim>(params, planes, stream);
-    if (plan.fp8_products || plan.int4_products) {
-      return launch_codes_for<kHeadDim, kGeneral>(params, plan.int4_products, plan.fp8_products, f16_accumulator,
-                                                  planes, stream);
-    }
-    launch_sage_for<kHeadDim, kGeneral>(params, f16_accumulator, column_terms, planes, stream);
-  });
+  const auto launch = [&](const AttentionParams& params, const Masking& masking) {
+    choose(is_general(masking) || is_beyond(plan, params.k_tokens), plan, [&](auto head_dim, auto general) {
+      constexpr int kHeadDim = decltype(head_dim)::value;
+      constexpr bool kGeneral = decltype(general)::value;
+      if (kGeneral && plan.kernel == Kernel::kSageInt8) return launch_sage_int8_for<kHeadDim>(params, planes, stream);
+      if (plan.fp8_products || plan.int4_products) {
+        return launch_codes_for<kHeadDim, kGeneral>(params, plan.int4_products, plan.fp8_products, f16_accumulator,
+                                                    planes, stream);
+      }
+      launch_sage_for<kHeadDim, kGeneral>(params, f16_accumulator, column_terms, planes, stream);
+    });
+  };
+  launch_masked(params, op.masking, op.mask_tiles, plan, planes, stream, launch);
 }
 
 }  // namespace sage::cuda

@@ -18,6 +18,7 @@
 #include "ptx/mma.cuh"
 #include "tile.cuh"
 #include "tuning.h"
+#include "whole_mask.cuh"
 
 namespace sage::cuda {
 
@@ -48,6 +49,7 @@ struct AttentionParams {
   const uint8_t* mask_tiles;    // TileState [mask planes, q_blocks or 1, k_tiles] or null
   const uint64_t* mask_bits;    // visible keys of a tile [mask planes, q_tokens or 1, k_tiles]
   int mask_batch_step, mask_head_step, mask_rows;  // of planes; rows of one
+  WholeMask whole_mask;                            // where two kernels are launched of which one runs
   bool adds_mask;
   Rows mask;  // numbers that are added
   DType mask_dtype;
@@ -783,6 +785,7 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     attention_kernel(const __grid_constant__ AttentionParams p) {
   if (!C::kCompiled) return;  // and never launched
+  if (p.whole_mask.tiles != nullptr && p.whole_mask.is_open() == (p.mask_tiles != nullptr)) return;
   constexpr int kRowTiles = C::kRowTiles, kNTiles = C::kBlockN / 8, kDTiles = C::kHeadDim / 8;
   constexpr bool kQuantized = ptx::kIsInteger<C::kQK>;
   using Score = std::conditional_t<kQuantized, int32_t, float>;

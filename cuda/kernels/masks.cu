@@ -1,6 +1,7 @@
 // What attention needs to know of a mask before it starts: which of its tiles are closed, open or neither, and a bit
 // for every key that a row may see.
 #include "tile.cuh"
+#include "whole_mask.cuh"
 #include "workspace.h"
 
 namespace sage::cuda {
@@ -75,6 +76,13 @@ __global__ void __launch_bounds__(kThreads) mask_tiles_kernel(const __grid_const
                                                                             : TileState::kOpen;
 }
 
+constexpr int kWholeThreads = 1024;
+
+__global__ void __launch_bounds__(kWholeThreads) whole_mask_kernel(WholeMask mask, TileState* whole) {
+  const bool open = mask.is_open();
+  if (threadIdx.x == 0) *whole = open ? TileState::kOpen : TileState::kHides;
+}
+
 }  // namespace
 
 void launch_mask_tiles(const View& mask, int block_q, const MaskTiles& out, cudaStream_t stream) {
@@ -96,6 +104,11 @@ void launch_mask_tiles(const View& mask, int block_q, const MaskTiles& out, cuda
       default: return launch(mask_tiles_kernel<DType::kBF16>);
     }
   });
+}
+
+void launch_whole_mask(const WholeMask& mask, TileState* whole, cudaStream_t stream) {
+  whole_mask_kernel<<<1, kWholeThreads, 0, stream>>>(mask, whole);
+  SAGE_CUDA(cudaGetLastError());
 }
 
 }  // namespace sage::cuda

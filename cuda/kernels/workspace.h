@@ -39,13 +39,13 @@ class Carver {
 
 // Offsets for the tiles of a mask.
 struct MaskWorkspace {
-  size_t tiles, bits;  // as in MaskTiles
+  size_t tiles, bits;  // as in MaskTiles; after the tiles one for all of them together
 
   MaskWorkspace(const View& mask, int block_q, Carver& carver) {
     constexpr int kTileKeys = 64;
     const int64_t planes = mask.batch() * mask.heads(), rows = mask.tokens();
     const int64_t k_tiles = (mask.channels() + kTileKeys - 1) / kTileKeys, q_tiles = (rows + block_q - 1) / block_q;
-    tiles = carver.take_if(static_cast<bool>(mask), planes * q_tiles * k_tiles, 1);
+    tiles = carver.take_if(static_cast<bool>(mask), planes * q_tiles * k_tiles + 1, 1);
     bits = carver.take_if(static_cast<bool>(mask), planes * rows * k_tiles, 8);
   }
 };

@@ -1,7 +1,7 @@
 // A bool mask as the kernels of sm_90a look at it: closed tiles are skipped, open ones taken as if there were no mask.
 #pragma once
 
-#include "../kernels.h"
+#include "../whole_mask.cuh"
 
 namespace sage::cuda::sm90 {
 
@@ -46,33 +46,11 @@ struct TileMask {
   }
 };
 
-// A mask all of whose tiles are open is as good as none: what needs no mask runs then, and else what does. The host
-// does not know which, so it launches both, and one of them leaves at once.
-struct WholeMask {
-  const TileState* tiles;  // null: there is no other
-  int count;
-
-  // Every thread of the block asks.
-  __device__ __forceinline__ bool is_open() const {
-    constexpr uint32_t kFour = static_cast<uint32_t>(TileState::kOpen) * 0x01010101u;
-    const int sixteens = count / 16;
-    bool open = true;
-    for (int i = threadIdx.x; i < sixteens; i += blockDim.x) {
-      const uint4 four = reinterpret_cast<const uint4*>(tiles)[i];
-      open = open && four.x == kFour && four.y == kFour && four.z == kFour && four.w == kFour;
-    }
-    const int at = 16 * sixteens + static_cast<int>(threadIdx.x);
-    if (at < count) open = open && tiles[at] == TileState::kOpen;
-    return __syncthreads_and(open);
-  }
-};
-
 // Where looking costs little beside the work: a launch takes microseconds, and every block reads all tiles.
 inline WholeMask make_whole_mask(const View& mask, const MaskTiles& tiles, int block_q, double scores) {
   constexpr double kLeastScores = 1 << 27;
   constexpr int64_t kMostTiles = 1 << 18;
-  const int64_t count = mask.batch() * mask.heads() * ((mask.tokens() + block_q - 1) / block_q) *
-                        ((mask.channels() + kMaskTileKeys - 1) / kMaskTileKeys);
+  const int64_t count = count_mask_tiles(mask, block_q);
   if (scores < kLeastScores || count > kMostTiles) return {};
   return {tiles.tiles, static_cast<int>(count)};
 }
