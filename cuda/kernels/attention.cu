@@ -111,7 +111,7 @@ WholeMask look_at_whole_mask(const View& mask, const MaskTiles& tiles, int block
   if (scores < kLeastScores || count > INT_MAX) return {};
   const WholeMask all{tiles.tiles, static_cast<int>(count)};
   if (count <= kTilesOfBlock) return all;
-  TileState* const whole = tiles.tiles + count;
+  TileState* const whole = tiles.tiles + count;  // as MaskWorkspace has it
   launch_whole_mask(all, whole, stream);
   return {whole, 1};
 }
