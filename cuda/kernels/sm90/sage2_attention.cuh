@@ -92,17 +92,20 @@ struct Sage2Config {
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim >= 128 || !kFast;
+  static constexpr bool kTurns = kHeadDim >= 128 || kHalfSums;
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
   // So many words of exact exponentials are taken against it beside the search for a larger one.
   static constexpr int kTriedWords = kHeadDim == 256 && !kHalfSums ? 0 : 4;
   // Exponentials of a word wait for one so many words before.
-  static constexpr int kLag = kHeadDim == 256 || kFast || kHalfSums || kSmooth ? 2 : 8;
+  static constexpr int kLag = kHeadDim == 64 && !kFast && !kHalfSums && !kSmooth ? 8 : 2;
   // Misfits (see below) share what they can with others.
   static constexpr bool kFewRegisters = kBlockN == 256;
   // There are registers for what a mask says of a tile while its scores are on their way.
   static constexpr bool kHoldsSeen = kBoolMask && kHeadDim == 128;
+  // Of a thread that multiplies; 24 + 2 * 240 is what three warpgroups of 168 have. Where fewer suffice, what the
+  // compiler makes of them has been measured to be 2 % faster.
+  static constexpr int kRegisters = kHeadDim == 128 && kFast && !kSmooth && !kBand && !kBoolMask ? 216 : 240;
   // The scores of the next item's first tile are issued before this item's output is stored.
   static constexpr bool kAhead = kQueryBuffers == 2;
   // Tiles before an item's end where the next one is claimed.
@@ -964,8 +967,9 @@ struct RowRoom {
   int lane;
 
   __device__ __forceinline__ explicit RowRoom(const uint8_t* totals) {
-    uint32_t thread;  // read again, so that nothing made of it occupies a register all the while
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    uint32_t thread = threadIdx.x;
+    // Read again where registers are few, so that nothing made of it occupies one all the while.
+    if constexpr (C::kHeadDim == 256) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     lane = static_cast<int>(thread % 32);
     base = ptx::shared_address(totals) + thread % 128 / 32 * (128 * kUnitsOfSpan);
   }
@@ -1642,14 +1646,14 @@ __global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constan
   if (p.whole_mask.tiles != nullptr && p.whole_mask.is_open() == C::kBoolMask) return;
 
   if (group == kGroups) {
-    ptx::shrink_registers<24>();  // 24 + 2 * 240 is what three warpgroups of 168 have
+    ptx::shrink_registers<24>();
     if constexpr (C::kBoolMask) {
       if (threadIdx.x / 32 == 4 * kGroups) copy_open_tiles<C>(p, base, rings);
     } else {
       if (threadIdx.x == 128 * kGroups) copy_tiles<C>(p, base, rings);
     }
   } else {
-    ptx::grow_registers<240>();
+    ptx::grow_registers<C::kRegisters>();
     multiply_items<C>(p, shared, base, rings, group);
   }
 }
