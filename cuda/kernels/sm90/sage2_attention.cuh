@@ -92,7 +92,7 @@ struct Sage2Config {
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim >= 128 || kHalfSums;
+  static constexpr bool kTurns = kHeadDim >= 128;
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
   // So many words of exact exponentials are taken against it beside the search for a larger one.
@@ -969,7 +969,7 @@ struct RowRoom {
   __device__ __forceinline__ explicit RowRoom(const uint8_t* totals) {
     uint32_t thread = threadIdx.x;
     // Read again where registers are few, so that nothing made of it occupies one all the while.
-    if constexpr (C::kHeadDim == 256) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    if constexpr (C::kHeadDim == 256 || (C::kHeadDim == 64 && C::kFast)) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     lane = static_cast<int>(thread % 32);
     base = ptx::shared_address(totals) + thread % 128 / 32 * (128 * kUnitsOfSpan);
   }
