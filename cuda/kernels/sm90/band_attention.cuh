@@ -664,9 +664,9 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
       };
       Slot<C::kStages> before = slot;
       int i = 0;
-      course.parts.diagonal =
-          shared_by_warp(Rows64(p, course.first_row).first);  // again: few registers hold it so long
-      // Goes on to the band's next tile that a row of this warpgroup sees.
+      // Again: no register has to hold it so long.
+      course.parts.diagonal = shared_by_warp(Rows64(p, course.first_row).first);
+      // Goes on to the band's next tile that a row of this warpgroup sees. Of two in a row it sees one: two stages do.
       const auto next_tile = [&] {
         before = slot;
         while (true) {
