@@ -14,6 +14,7 @@ import {
   biased,
   bits,
   type FloatProblem,
+  kinds,
   nameOf,
   run,
   within,
@@ -154,11 +155,6 @@ for (const channels of [128, 256]) {
       }
     }
   });
-}
-
-/** NaN, an infinity or finite, of every element. */
-function kinds(values: ArrayLike<number>): string[] {
-  return Array.from(values, (x) => Number.isFinite(x) ? "finite" : String(x));
 }
 
 for (const dtype of ["f16", "bf16"] as const) {
