@@ -37,7 +37,6 @@ bool has_plain_mask(const AttentionShape& shape) {
 // What keeps the precision band from sm_90a's own kernel, which copies tiles as boxes of 16-bit numbers.
 std::string not_for_hopper_band(const AttentionShape& shape, const Plan& plan) {
   if (shape.dtype == DType::kF32) return "the band has f32 operands";
-  if (std::max(shape.head_dim, shape.v_dim) > 128) return "the band has head dimensions above 128";
   if (!shape.boxes) return "the band has addresses or strides that are not multiples of 16 bytes";
   if (plan.smooth_q) return "the band has smoothed queries";
   if (shape.masking.before != kUnlimited) return "the band has a window";

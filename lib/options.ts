@@ -138,8 +138,8 @@ export interface AttentionOptions<O extends FloatDType = FloatDType>
   /**
    * Whether each 128 queries meet the first 64 keys, and the tiles of 64 keys on the diagonal, without quantization;
    * only with `causal`. There language models put nearly all of their weight, and the share of these tiles falls with
-   * the length: 17 % of all at 2048 tokens, 1.2 % at 32768. Fast on Hopper with kernel `"sage2"`, head dimensions up to
-   * 128, f16 and bf16, queries not smoothed; on other GPUs these tiles are computed in FP32. Default: `false`.
+   * the length: 17 % of all at 2048 tokens, 1.2 % at 32768. Fast on Hopper with kernel `"sage2"`, f16 and bf16,
+   * queries not smoothed; on other GPUs these tiles are computed in FP32. Default: `false`.
    */
   band?: boolean;
   /**

@@ -224,6 +224,11 @@ export function bits(values: Values): Uint32Array {
   return new Uint32Array(values.map((value) => Number.isNaN(value) ? NaN : value).buffer);
 }
 
+/** NaN, an infinity or finite, of every element. */
+export function kinds(values: ArrayLike<number>): string[] {
+  return Array.from(values, (x) => Number.isFinite(x) ? "finite" : String(x));
+}
+
 /** Output and log-sum-exp of all rows. */
 type Rows = { out: Values; lse: Values };
 

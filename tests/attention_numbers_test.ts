@@ -6,6 +6,7 @@ import {
   dtypes,
   exactly,
   type FloatProblem,
+  kinds,
   meanBounds,
   rounding,
   run,
@@ -50,11 +51,6 @@ const places: BadPlace[] = [
     signs: false,
   })),
 ];
-
-/** NaN, an infinity or finite, of every element. */
-function kinds(values: ArrayLike<number>): string[] {
-  return Array.from(values, (x) => Number.isFinite(x) ? "finite" : String(x));
-}
 
 /** What attention must give with each bad number, which all kernels share. */
 const references = new Map<string, ReturnType<typeof referenceAttention>>();

@@ -167,6 +167,26 @@ void check_hopper() {
   CHECK(warp.architecture == 80 && !warp.fp8_products && !warp.int4_products, warp.implementation);
 }
 
+// Hopper's own sage2 has the precision band at every head dimension, of tensors that boxes suit.
+void check_hopper_band() {
+  const int64_t dims[][2] = {{64, 64}, {128, 128}, {128, 256}, {160, 160}, {192, 128}, {256, 256}};
+  for (const auto& [head_dim, v_dim] : dims) {
+    AttentionShape shape = shape_of(head_dim);
+    shape.v_dim = v_dim;
+    shape.causal = true;
+    shape.masking.after = 0;
+    sage_attention_options options{};
+    options.kernel = SAGE_KERNEL_SAGE2;
+    options.causal = 1;
+    options.band = SAGE_ON;
+    const std::string name = std::to_string(head_dim) + "/" + std::to_string(v_dim);
+    const auto planned = [&] { return plan_attention(shape, options, gpu(90, 89)); };
+    CHECK(planned().architecture == 90 && planned().fast_exponential, name);
+    shape.boxes = false;
+    CHECK(planned().architecture == 80 && !planned().fast_exponential, name);
+  }
+}
+
 // Hopper's own sage2 takes bool masks, where nothing else changes scores; auto chooses as it does without one.
 void check_hopper_masks() {
   const auto planned = [](void (*change)(AttentionShape&, sage_attention_options&)) {
@@ -219,6 +239,7 @@ int main() {
   check_products();
   check_beyond();
   check_hopper();
+  check_hopper_band();
   check_hopper_masks();
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures != 0;

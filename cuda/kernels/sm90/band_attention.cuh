@@ -17,10 +17,11 @@ using namespace sage2;
 constexpr int kBandKeys = 64;                                     // of a tile of the band
 constexpr int kSinkTiles = 2;                                     // of them that every row has, the first ones
 constexpr int kWidth = 128;                                       // bytes of a row of 64 channels: panels of Q, K and V
+constexpr int kQueryPanel = 64 * kWidth;                          // of the 64 queries of a warpgroup
 constexpr int kScores = kBandKeys / 2, kWeights = kBandKeys / 4;  // registers
 
 struct BandParams {
-  CUtensorMap q, k, v;  // boxes of 64 channels: of kBlockM queries, of kBandKeys keys and values
+  CUtensorMap q, k, v;  // boxes of 64 channels: of 64 queries, of kBandKeys keys and values
   Sage2Params sage2;
   float factor;  // scale * log2(e)
   int head_dim;
@@ -31,8 +32,9 @@ struct BandConfig : Sage2Config<kHeadDim, kFast, false, kSums, true> {
   static constexpr ptx::Half kHalf = kHalf_;
   // The first tile of INT8 and FP8 that is not all in the band.
   static constexpr int kFirstLow = kSinkTiles * kBandKeys / sage2_tiles(kHeadDim, kFast, true).block_n;
-  static constexpr int kPanels16 = kHeadDim / 64, kQueryBytes16 = kBlockM * kHeadDim * 2,
-                       kTileBytes16 = kBandKeys * kHeadDim * 2;
+  static constexpr int kPanels16 = kHeadDim / 64, kTileBytes16 = kBandKeys * kHeadDim * 2;
+  // As in Sage2Config; nor is there room for a second number of scores beside 256 channels.
+  static constexpr bool kAhead = kHeadDim < 256;
   // P of 16 bits is also scaled by 2^-kShift, so that bf16 values of 3e38 have finite sums.
   static constexpr int kShift = kHalf == ptx::Half::kBF16 ? 30 : 0;
   static constexpr float kShrunk = 1.0f / (1 << kShift);
@@ -117,7 +119,7 @@ __device__ __forceinline__ void issue_band_scores(float (&s)[kScores], uint64_t 
   for (int panel = 0; panel < C::kPanels16; panel++) {
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-      const uint64_t a = q + (panel * kBlockM * kWidth >> 4) + 2 * step;
+      const uint64_t a = q + (panel * kQueryPanel >> 4) + 2 * step;
       const uint64_t b = k + (panel * kBandKeys * kWidth >> 4) + 2 * step;
       if (panel == 0 && step == 0) {
         ptx::HalfScoreProduct<C::kHalf, kBandKeys>::template issue<false>(s, a, b);
@@ -186,7 +188,7 @@ __device__ __forceinline__ void scores_of_mean(const BandParams& p, uint32_t que
     uint4 octet[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const uint32_t at = queries + chunk / 8 * kBlockM * kWidth + (g + 8 * half) * kWidth + ((chunk % 8) ^ g) * 16;
+      const uint32_t at = queries + chunk / 8 * kQueryPanel + (g + 8 * half) * kWidth + ((chunk % 8) ^ g) * 16;
       asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(octet[half].x), "=r"(octet[half].y), "=r"(octet[half].z), "=r"(octet[half].w)
                    : "r"(at)
@@ -310,7 +312,7 @@ template <class C>
 __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t shared, const BandRings<C>& rings) {
   const Sage2Params& p = params.sage2;
   Slot<C::kStages> slot;
-  Slot<1> query, band_query;
+  Slot<1> query;  // of the next item
   const auto take_query_buffer = [&](uint32_t index) {
     ptx::barrier_wait(rings.queries.empty(0), query.parity ^ 1);
     atomicExch(rings.items, index);  // atomic for racecheck, which does not follow barriers like these
@@ -320,15 +322,18 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
     const Item item = item_at<C>(p, index);
     const Parts parts = Parts::of<C>(p, item.block);
     const int64_t first_tile = static_cast<int64_t>(item.kv_plane) * p.tiles + C::kFirstLow;
+    // Every item has a turn of these, with or without a band.
     const auto copy_band_queries = [&] {
-      ptx::barrier_wait(rings.band_queries.empty(0), band_query.parity ^ 1);
-      ptx::barrier_expect(rings.band_queries.full(0), C::kQueryBytes16);
+      // Empty: of the queries of the item before, or of the total of this one.
+      ptx::barrier_wait(rings.band_queries.empty(0), C::kAfterTotal ? query.parity ^ 1 : query.parity);
+      if (parts.tiles == 0) return ptx::barrier_arrive(rings.band_queries.full(0));
+      ptx::barrier_expect(rings.band_queries.full(0), C::kBandQueryBytes);
 #pragma unroll
-      for (int panel = 0; panel < C::kPanels16; panel++) {
-        ptx::copy_box(shared + C::kBandQueryAt + panel * kBlockM * kWidth, params.q, panel * 64, item.block * kBlockM,
-                      item.head, item.batch, rings.band_queries.full(0));
+      for (int i = 0; i < kGroups * C::kPanels16; i++) {
+        const int group = i / C::kPanels16, panel = i % C::kPanels16;
+        ptx::copy_box(shared + C::kBandQueryAt + i * kQueryPanel, params.q, panel * 64,
+                      item.block * kBlockM + group * 64, item.head, item.batch, rings.band_queries.full(0));
       }
-      band_query.next();
     };
     for (int tile = parts.low_tiles - 1; tile >= 0; tile--) {
       const uint32_t i = slot.index;
@@ -354,12 +359,12 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
       }
       slot.next();
       // When all stages hold this item's tiles, those of the item before are done with their queries.
-      if (tile == max(parts.low_tiles - C::kStages, 0)) copy_band_queries();
+      if (!C::kAfterTotal && tile == max(parts.low_tiles - C::kStages, 0)) copy_band_queries();
     }
     if (parts.low_tiles == 0) {
       take_query_buffer(index);
       ptx::barrier_arrive(rings.queries.full(0));
-      if (parts.tiles > 0) copy_band_queries();
+      if (!C::kAfterTotal || parts.tiles == 0) copy_band_queries();
     }
     const int kv_head = static_cast<int>(item.kv_plane) - item.batch * p.kv_heads;
     for (int j = 0; j < parts.tiles; j++) {
@@ -372,6 +377,8 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
         ptx::copy_box(shared + C::kKeyAt + i * C::kKeyStage + panel * kBandKeys * kWidth, params.k, panel * 64, first,
                       kv_head, item.batch, rings.keys.full(i));
       }
+      // Before the total leaves there is room for no more than that.
+      if (C::kAfterTotal && j == min(1, parts.tiles - 1)) copy_band_queries();
       ptx::barrier_wait(rings.values.empty(i), slot.parity ^ 1);
       ptx::barrier_expect(rings.values.full(i), C::kTileBytes16);
 #pragma unroll
@@ -390,17 +397,37 @@ __device__ __forceinline__ void copy_tiles(const BandParams& params, uint32_t sh
 
 // ---- a warpgroup that multiplies ------------------------------------------------------------------------------------
 
-// A number of each of a lane's channels of V.
+// A number of each of a lane's channels of V: of channels 8n + 2c and 8n + 2c + 1.
+template <class C>
+__device__ __forceinline__ const float2* lane_channels(const float* from, uint32_t kv_plane) {
+  return reinterpret_cast<const float2*>(from + static_cast<int64_t>(kv_plane) * C::kHeadDim) + threadIdx.x % 4;
+}
+
+// In registers.
 template <class C>
 struct Channels {
   float2 of_pair[C::kHeadDim / 8];
 
   __device__ __forceinline__ Channels(const float* from, uint32_t kv_plane) {
-    from += static_cast<int64_t>(kv_plane) * C::kHeadDim + 2 * (threadIdx.x % 4);
+    const float2* const pairs = lane_channels<C>(from, kv_plane);
 #pragma unroll
-    for (int n = 0; n < C::kHeadDim / 8; n++) of_pair[n] = __ldg(reinterpret_cast<const float2*>(from + 8 * n));
+    for (int n = 0; n < C::kHeadDim / 8; n++) of_pair[n] = __ldg(pairs + 4 * n);
   }
-  __device__ __forceinline__ float of(int i) const { return i & 1 ? of_pair[i / 4].y : of_pair[i / 4].x; }
+  __device__ __forceinline__ float2 operator()(int n) const { return of_pair[n]; }
+};
+
+// Each where it is wanted: the compiler does not take it further up, where there is no register for it.
+template <class C>
+struct LateChannels {
+  const float2* pairs;
+
+  __device__ __forceinline__ LateChannels(const float* from, uint32_t kv_plane)
+      : pairs(lane_channels<C>(from, kv_plane)) {}
+  __device__ __forceinline__ float2 operator()(int n) const {
+    float2 pair;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(pairs + 4 * n) : "memory");
+    return pair;
+  }
 };
 
 template <class C>
@@ -414,7 +441,8 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
       ptx::tile_descriptor<C::kPanelWidth>() | (base + C::kQueryAt + group * 64 * C::kPanelWidth) >> 4;
   const uint64_t band_keys = ptx::tile_descriptor<kWidth>() | (base + C::kKeyAt) >> 4;
   const uint64_t band_values = ptx::panel_descriptor<kBandKeys>() | (base + C::kValueAt + C::kBandValuesAt) >> 4;
-  const uint64_t band_queries = ptx::tile_descriptor<kWidth>() | (base + C::kBandQueryAt + group * 64 * kWidth) >> 4;
+  const uint32_t own_queries = base + C::kBandQueryAt + group * C::kPanels16 * kQueryPanel;  // of 16 bits
+  const uint64_t band_queries = ptx::tile_descriptor<kWidth>() | own_queries >> 4;
   const uint64_t ones = ptx::tile_descriptor<32>() | (base + C::kOnesAt) >> 4;
   const auto done = [&](uint32_t barrier) {
     if (lane == 0) ptx::barrier_arrive(barrier);
@@ -434,7 +462,7 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
   total.at = totals + threadIdx.x % 128 * 4 * C::kTotalBytes;
   total.rows = reinterpret_cast<float2*>(shared + C::kRowsAt) + row_of_block();
   Slot<C::kStages> slot;
-  Slot<1> query, band_query;
+  Slot<1> query;  // of the next item
   if (C::kTurns && group == kGroups - 1) ptx::turn_pass<128 * kGroups>(1);
 
   int s[C::kScores];
@@ -453,28 +481,47 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
     pass_turn();
   };
 
+  const auto take_first = [&](const BandCourse<C>& of) {
+    issue_first(of);
+    ptx::product_wait<0>();
+    ptx::pin(s);
+  };
+
   BandCourse<C> course = next_course();
-  issue_first(course);
-  ptx::product_wait<0>();
-  ptx::pin(s);
+  if (C::kAhead) take_first(course);
   while (course.index < p.items) {
     const uint32_t index = course.index;
     float o[C::kOutputs] = {}, sums[4] = {};
     RowState state;
     total.used = false;
+    // The room of the total is free for the queries of 16 bits.
+    const auto leave_total = [&] {
+      ptx::async_proxy_fence();
+      __syncwarp();
+      done(rings.band_queries.empty(0));
+    };
+    const auto take_band_queries = [&] { ptx::barrier_wait(rings.band_queries.full(0), query.parity ^ 1); };
+    if (!C::kAhead) take_first(course);
     if (course.parts.tiles > 0) {
       float band_s[kScores], band_sum[2] = {}, of_mean[2], rescale[2];
       uint32_t band_weights[kWeights];
-      const uint32_t first_band_query = base + C::kBandQueryAt + threadIdx.x / 32 * 16 * kWidth;
+      const uint32_t first_band_query = own_queries + threadIdx.x % 128 / 32 * 16 * kWidth;
       // Scores of the band's first tile.
       const auto issue_band = [&] {
-        ptx::barrier_wait(rings.band_queries.full(0), band_query.parity);
-        band_query.next();
+        take_band_queries();
         ptx::barrier_wait(rings.keys.full(slot.index), slot.parity);
         ptx::product_fence();
         issue_band_scores<C>(band_s, band_queries, band_keys + slot.index * (C::kKeyStage >> 4));
       };
-
+      // The same, and its P, where no other products go beside.
+      const auto start_band = [&] {
+        issue_band();
+        scores_of_mean<C>(params, first_band_query, item_at<C>(p, index).kv_plane, of_mean);
+        ptx::product_wait<0>();
+        ptx::pin(band_s);
+        done(rings.keys.empty(slot.index));
+        return softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(0), rescale);
+      };
       if (course.tile >= 0) {
         uint32_t weights[C::kWeights];
         done(rings.keys.empty(slot.index));
@@ -535,48 +582,77 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
         const Slot<C::kStages> before = slot.previous();
         const uint32_t kv_plane = item_at<C>(p, index).kv_plane;
         ptx::pin(weights);
-        issue_band();
-        ptx::barrier_wait(rings.values.full(before.index), before.parity);
-        issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed);
-        scores_of_mean<C>(params, first_band_query, kv_plane, of_mean);
-        const Channels<C> scales(p.packed.v_scales, kv_plane);
-        ptx::product_wait<1>();
-        ptx::pin(band_s);
-        done(rings.keys.empty(slot.index));
-        RowState low = state;
-        softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(0), rescale);
-        ptx::product_wait<0>();
-        ptx::pin(band_s);
-        ptx::pin(o);
-        ptx::pin(sums);
-        const Channels<C> means(p.packed.v_mean, kv_plane);
-        done(rings.values.empty(before.index));
-        const float first[2] = {row_sum(0), row_sum(1)};
-        low.sum[0] += first[0], low.sum[1] += first[1];
-        total.finish(o, low);
-        float centred[2], weight[2];
+        // O becomes a sum in V's units, of weights for the maxima of `of` that take `rescale`.
+        const auto join_band = [&](RowState& of, const auto& scales, const auto& means) {
+          const float first[2] = {row_sum(0), row_sum(1)};
+          of.sum[0] += first[0], of.sum[1] += first[1];
+          total.finish(o, of);
+          if (C::kAfterTotal && total.used) leave_total();
+          float centred[2], weight[2];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const float rest = low.sum[half] - (C::kFirstLow == 0 ? first[half] : 0.0f);
-          centred[half] = p.whole_mean ? 1.0f : low.sum[half] > 0.0f ? rest * reciprocal(low.sum[half]) : 0.0f;
-          weight[half] = low.sum[half] * rescale[half] * C::kShrunk;
-          const float share = lane % 4 == 0 ? weight[half] : 0.0f;
-          band_sum[half] += share;
-          if (C::kSums) state.exact[half] = fmaf(state.exact[half], C::kShrunk, -share);
-        }
+          for (int half = 0; half < 2; half++) {
+            const float rest = of.sum[half] - (C::kFirstLow == 0 ? first[half] : 0.0f);
+            centred[half] = p.whole_mean ? 1.0f : of.sum[half] > 0.0f ? rest * reciprocal(of.sum[half]) : 0.0f;
+            weight[half] = of.sum[half] * rescale[half] * C::kShrunk;
+            const float share = lane % 4 == 0 ? weight[half] : 0.0f;
+            band_sum[half] += share;
+            if (C::kSums) state.exact[half] = fmaf(state.exact[half], C::kShrunk, -share);
+          }
 #pragma unroll
-        for (int i = 0; i < C::kHeadDim / 2; i++) {
-          const int half = i >> 1 & 1;
-          o[i] = fmaf(o[i], scales.of(i), means.of(i) * centred[half]) * weight[half];
+          for (int n = 0; n < C::kHeadDim / 8; n++) {
+            const float2 scale = scales(n), mean = means(n);
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+              const int half = r >> 1;
+              const float x = fmaf(o[4 * n + r], r & 1 ? scale.y : scale.x, (r & 1 ? mean.y : mean.x) * centred[half]);
+              o[4 * n + r] = x * weight[half];
+            }
+          }
+        };
+        if constexpr (C::kAfterTotal) {
+          if (!total.used) leave_total();
+          ptx::barrier_wait(rings.values.full(before.index), before.parity);
+          ptx::product_fence();
+          issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed);
+          ptx::product_wait<0>();
+          ptx::pin(o);
+          ptx::pin(sums);
+          done(rings.values.empty(before.index));
+          rescale[0] = rescale[1] = 1.0f;
+          join_band(state, LateChannels<C>(p.packed.v_scales, kv_plane), LateChannels<C>(p.packed.v_mean, kv_plane));
+        } else {
+          issue_band();
+          ptx::barrier_wait(rings.values.full(before.index), before.parity);
+          issue_values<C>(o, sums, weights, value_tiles + before.index * (C::kValueStage >> 4), ones, summed);
+          scores_of_mean<C>(params, first_band_query, kv_plane, of_mean);
+          const Channels<C> scales(p.packed.v_scales, kv_plane);
+          ptx::product_wait<1>();
+          ptx::pin(band_s);
+          done(rings.keys.empty(slot.index));
+          RowState low = state;
+          softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(0), rescale);
+          ptx::product_wait<0>();
+          ptx::pin(band_s);
+          ptx::pin(o);
+          ptx::pin(sums);
+          const Channels<C> means(p.packed.v_mean, kv_plane);
+          done(rings.values.empty(before.index));
+          join_band(low, scales, means);
         }
       } else {
         release_queries();
-        issue_band();
-        scores_of_mean<C>(params, first_band_query, item_at<C>(p, index).kv_plane, of_mean);
-        ptx::product_wait<0>();
-        ptx::pin(band_s);
-        done(rings.keys.empty(slot.index));
-        softmax_band<C>(params, band_s, state, band_sum, of_mean, course, course.parts.tile(0), rescale);
+        if constexpr (C::kAfterTotal) {
+          leave_total();
+        } else {
+          start_band();
+        }
+      }
+      const auto rescale_outputs = [&] {
+#pragma unroll
+        for (int n = 0; n < C::kHeadDim / 2; n++) o[n] *= rescale[n >> 1 & 1];
+      };
+      if constexpr (C::kAfterTotal) {
+        if (start_band()) rescale_outputs();
       }
       pack_weights(band_weights, band_s, C::kHalf == ptx::Half::kF16);
 
@@ -588,7 +664,9 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
       };
       Slot<C::kStages> before = slot;
       int i = 0;
-      // Goes on to the band's next tile that a row of this warpgroup sees.
+      // Again: no register has to hold it so long.
+      course.parts.diagonal = shared_by_warp(Rows64(p, course.first_row).first);
+      // Goes on to the band's next tile that a row of this warpgroup sees. Of two in a row it sees one: two stages do.
       const auto next_tile = [&] {
         before = slot;
         while (true) {
@@ -620,19 +698,20 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
         ptx::pin(o);
         done(rings.values.empty(before.index));
         pack_weights(band_weights, band_s, C::kHalf == ptx::Half::kF16);
-        if (moved) {
-#pragma unroll
-          for (int n = 0; n < C::kHeadDim / 2; n++) o[n] *= rescale[n >> 1 & 1];
-        }
+        if (moved) rescale_outputs();
       }
-      done(rings.band_queries.empty(0));
+      if (!C::kAfterTotal) done(rings.band_queries.empty(0));
       wait_band_values(before);
       ptx::pin(band_weights);
       ptx::product_fence();
       issue_band_values<C>(o, band_weights, band_values + before.index * (C::kValueStage >> 4));
-      course = next_course();
-      issue_first(course);
-      ptx::product_wait<1>();
+      if (C::kAhead) {
+        course = next_course();
+        issue_first(course);
+        ptx::product_wait<1>();
+      } else {
+        ptx::product_wait<0>();
+      }
       ptx::pin(o);
       done(rings.values.empty(before.index));
 #pragma unroll
@@ -646,14 +725,25 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
       for (int i = 0; i < C::kHeadDim / 2; i++) o[i] *= rescale[i >> 1 & 1];
     } else {
       release_queries();
-      course = next_course();
-      issue_first(course);
+      if (C::kAfterTotal) leave_total();
+      take_band_queries();
+      if (!C::kAfterTotal) done(rings.band_queries.empty(0));
+      if (C::kAhead) {
+        course = next_course();
+        issue_first(course);
+      }
     }
     const Item item = item_at<C>(p, index);
     const float centred[2] = {};
+    // Rows may go through that room, when all of the warpgroup have read the queries there.
+    if (C::kAfterTotal && !p.vectors) ptx::any_of_warpgroup(3 + group, false);
     store_rows<C>(p, item, o, state, centred, item.block * kBlockM + row_of_block(), totals);
-    ptx::product_wait<0>();
-    ptx::pin(s);
+    if (C::kAhead) {
+      ptx::product_wait<0>();
+      ptx::pin(s);
+    } else {
+      course = next_course();
+    }
   }
 }
 
@@ -689,7 +779,7 @@ template <class C>
 void launch(const Sage2Op& op, cudaStream_t stream) {
   BandParams params{};
   params.sage2 = make_params(op);
-  params.q = make_tensor_map(op.q, kBlockM, kWidth);
+  params.q = make_tensor_map(op.q, 64, kWidth);
   params.k = make_tensor_map(op.k, kBandKeys, kWidth);
   params.v = make_tensor_map(op.v, kBandKeys, kWidth);
   params.factor = op.scale * kLog2e;

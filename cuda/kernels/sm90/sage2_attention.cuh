@@ -134,8 +134,12 @@ struct Sage2Config {
   // What smoothing took, for a tile: for each key; then the peaks of that.
   static constexpr int kPeaks = kBlockN / kShiftsOfPeak, kPeaksAt = 4 * kBlockN;
   static constexpr int kShiftBytes = !kSmooth ? 0 : kCentred ? kPeaksAt + 4 * kPeaks : 4 * kBlockN;
-  static constexpr int kBandQueryAt = kShiftAt;  // queries of 16 bits
-  static constexpr int kSharedBytes = kShiftAt + kStages * kShiftBytes + (kBand ? kBlockM * kHeadDim * 2 : 0);
+  // Queries of 16 bits: of 256 channels they come where the total was, after it.
+  static constexpr bool kAfterTotal = kBand && kHeadDim == 256;
+  static constexpr int kBandQueryBytes = kBand ? kBlockM * kHeadDim * 2 : 0,
+                       kBandQueryAt = kAfterTotal ? kTotalAt : kShiftAt;
+  static constexpr int kSharedBytes =
+      std::max(kShiftAt + kStages * kShiftBytes, kBand ? kBandQueryAt + kBandQueryBytes : 0);
   static_assert(!kSmooth || !kBand, "what smoothing takes from scores lies where the band has its queries");
   static constexpr int kScores = kBlockN / 2, kOutputs = kValueWidth / 2, kWeights = kBlockN / 8;  // registers
   static constexpr int kOutputRegisters = kOutputs / (kHalfSums ? 2 : 1), kSumRegisters = kHalfSums ? 2 : 4;
