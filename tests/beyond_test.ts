@@ -399,7 +399,6 @@ deviceTest("explain() says what is done beyond the papers", (device) => {
   assert(plan.reason.includes("sage-int8"));
   if (device.kind === "cpu") return;
   const portable: AttentionOptions[] = [
-    { kernel: "sage2", rotate: true },
     { kernel: "sage2", firstToken: true },
     { kernel: "sage2-int4", kMeanRows: 64 },
     { kernel: "sage2", band: true, causal: true, smoothQ: true },
