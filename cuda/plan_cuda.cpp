@@ -59,7 +59,6 @@ std::string not_for_hopper_sage2(const AttentionShape& shape, const Plan& plan) 
   if (bits_per_element(shape.dtype) < 16) return "operands are codes";
   if (plan.granularity != SAGE_GRANULARITY_THREAD) return "scales are not per thread";
   if (!cuda::hides_alone(shape.masking)) return "scores are masked or changed";
-  if (plan.rotate) return "q and k are rotated";
   if (shape.masking.mask) {
     if (plan.kernel == Kernel::kSage2PP) return "keys are masked in sage2++";
     if (plan.smooth_q) return "keys are masked and queries smoothed";

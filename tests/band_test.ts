@@ -211,7 +211,6 @@ deviceTest("what Hopper's own band does not go with takes the portable kernel", 
     ["f16", 36, {}, "the band has addresses or strides that are not multiples of 16 bytes"],
     ["f16", 64, { smoothQ: true }, "the band has smoothed queries"],
     ["f16", 64, { window: 100 }, "the band has a window"],
-    ["f16", 64, { rotate: true }, "q and k are rotated"],
   ];
   for (const [dtype, channels, options, reason] of reasons) {
     const plan = explained(dtype, channels, options);

@@ -162,6 +162,15 @@ void check_hopper() {
     }
     CHECK(plan_of(as(own, older), SAGE_KERNEL_AUTO).kernel == Kernel::kFlash, "auto as on an older GPU");
   }
+  // It packs rotated rows itself, and into the same workspace.
+  for (const int32_t kernel : {SAGE_KERNEL_SAGE2, SAGE_KERNEL_SAGE2_INT4, SAGE_KERNEL_SAGE2PP}) {
+    sage_attention_options options{};
+    options.kernel = kernel;
+    options.rotate = SAGE_ON;
+    const Plan rotated = plan_attention(shape_of(128), options, own), plain = plan_of(own, kernel, 128);
+    CHECK(rotated.architecture == 90 && rotated.workspace_bytes == plain.workspace_bytes, rotated.reason);
+    CHECK(rotated.fast_exponential == plain.fast_exponential && rotated.block_k == plain.block_k, rotated.reason);
+  }
   // Hopper's own path of granularities that its kernel lacks emulates nothing.
   const Plan warp = plan_of(own, SAGE_KERNEL_SAGE2_INT4, 128, 0, SAGE_GRANULARITY_WARP);
   CHECK(warp.architecture == 80 && !warp.fp8_products && !warp.int4_products, warp.implementation);

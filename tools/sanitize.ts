@@ -32,6 +32,8 @@ const shapes = [
 /** What the variants of the benchmarks leave out, each in a kernel of another kind. */
 const beyond: readonly Variant[] = [
   { kernel: "sage1", rotate: true, firstToken: true },
+  { kernel: "sage2", rotate: true },
+  { kernel: "sage2-int4", rotate: true },
   { kernel: "sage2", kMeanRows: 64, smoothQ: true },
   { kernel: "sage2++", band: true, causal: true },
   { kernel: "sage-int8", rotate: true, band: true, firstToken: true, kMeanRows: 128, causal: true },

@@ -51,28 +51,13 @@ struct Config {
   static_assert(kTokens % kSpan == 0 && kThreads % 32 == 0 && kHeadDim % kVWidth % 64 == 0);
 };
 
-__device__ __forceinline__ int swizzle(int width, int row) { return width == 128 ? row & 7 : row >> 1 & 3; }
-
 __device__ __forceinline__ float clamped(float x) { return fminf(fmaxf(x, -kLargest), kLargest); }
-
-// How many of `most` rows from `row` on exist.
-__device__ __forceinline__ int rows_left(int64_t tokens, int64_t row, int most) {
-  return static_cast<int>(max(min(tokens - row, int64_t{most}), int64_t{0}));
-}
 
 __device__ __forceinline__ void load_mean(float (&mean)[8], const float* means, int channels, int channel) {
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     mean[j] = means != nullptr && channel + j < channels ? means[channel + j] : 0.0f;
   }
-}
-
-template <DType kType>
-__device__ __forceinline__ void load_one(float (&x)[8], const Tensor& tensor, const char* plane, int64_t row,
-                                         int channel) {
-  Octet<kType> octet[1];
-  load_rows(octet, tensor, plane, row, 1, tensor.tokens, channel);
-  unpack(octet[0], x);
 }
 
 template <DType kType>
@@ -90,26 +75,6 @@ template <DType kType>
 __device__ __forceinline__ void forget_unpacked(Octet<kType>& octet) {
 #pragma unroll
   for (uint32_t& word : octet.word) asm volatile("" : "+r"(word));
-}
-
-// Writes one bit a row of the block's tile, set where `bad` has bit i for row row_of(i).
-template <int kWords, class RowOf>
-__device__ __forceinline__ void write_bits(uint32_t* to, int words, bool any, uint32_t bad, RowOf row_of) {
-  const int thread = threadIdx.x;
-  if (!any) {
-    if (thread < words) to[thread] = 0;
-    return;
-  }
-  __shared__ uint32_t bits[kWords];
-  if (thread < kWords) bits[thread] = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (; bad != 0; bad &= bad - 1) {
-    const int row = row_of(__ffs(bad) - 1);
-    atomicOr(&bits[row / 32], 1u << row % 32);
-  }
-  __syncthreads();
-  if (thread < words) to[thread] = bits[thread];
 }
 
 // ---- a plane that a cluster of blocks holds ---------------------------------------------------------------------
@@ -724,14 +689,19 @@ void launch_pack_of(const Sage2Op& op, CUstream_st* stream) {
   a.centre_all = op.plan.smooth_v;
   const bool whole = a.kv_tiles <= kMostTiles;
   a.codes = ValueCodes::of(op.plan, whole);
+  const bool rotates = op.plan.rotate;  // then these kernels pack values alone, which are their first items
+  if (rotates) a.q_items = 0;
   if (whole) {
     const unsigned q_clusters = (a.q_items + a.kv_tiles - 1) / a.kv_tiles;
-    launch_clusters(pack_whole_kernel<C>, a.kv_tiles, 2 * a.kv_items + q_clusters * a.kv_tiles, C::kThreads, 0, stream,
-                    a);
+    const unsigned blocks = rotates ? a.kv_items : 2 * a.kv_items + q_clusters * a.kv_tiles;
+    if (rotates) launch_sage2_sample(op, true, stream);
+    launch_clusters(pack_whole_kernel<C>, a.kv_tiles, blocks, C::kThreads, 0, stream, a);
+    if (rotates) launch_sage2_rotated_rows(op, stream);
     return;
   }
-  launch_sage2_sample(op, stream);
-  launch_overlapped(pack_kernel<C>, a.q_items + 2 * a.kv_items, C::kThreads, 0, stream, a);
+  launch_sage2_sample(op, false, stream);
+  launch_overlapped(pack_kernel<C>, rotates ? a.kv_items : a.q_items + 2 * a.kv_items, C::kThreads, 0, stream, a);
+  if (rotates) launch_sage2_rotated_rows(op, stream);
   constexpr unsigned kMostBlocks = 264;
   launch_overlapped(repack_values_kernel<C>, a.kv_items < kMostBlocks ? a.kv_items : kMostBlocks, C::kThreads, 0,
                     stream, a);

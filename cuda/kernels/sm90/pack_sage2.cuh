@@ -7,8 +7,11 @@
 namespace sage::cuda::sm90 {
 
 // Writes k_mean, v_mean and v_scales from a sample of the tokens; clears v_peaks, flags and next_item. It lets the next
-// kernel start when all kernels before it are done.
-void launch_sage2_sample(const Sage2Op& op, CUstream_st* stream);
+// kernel start when all kernels before it are done. Of keys alone: k_mean, flags and next_item.
+void launch_sage2_sample(const Sage2Op& op, bool keys_alone, CUstream_st* stream);
+
+// Codes, scales and bits of rotated queries and keys, and the flags of the latter, after k_mean and cleared flags.
+void launch_sage2_rotated_rows(const Sage2Op& op, CUstream_st* stream);
 
 // A mean of queries as both their packing and its product with the keys take it: any constant is an exact shift, and
 // this one is exact in the element type of the product, and too small for a finite query less it to overflow.
@@ -20,6 +23,43 @@ __device__ __forceinline__ float half_mean(float mean) {
   } else {
     return __bfloat162float(__float2bfloat16_rn(mean));
   }
+}
+
+// ---- rows of a tile ---------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int swizzle(int width, int row) { return width == 128 ? row & 7 : row >> 1 & 3; }
+
+// How many of `most` rows from `row` on exist.
+__device__ __forceinline__ int rows_left(int64_t tokens, int64_t row, int most) {
+  return static_cast<int>(max(min(tokens - row, int64_t{most}), int64_t{0}));
+}
+
+template <DType kType>
+__device__ __forceinline__ void load_one(float (&x)[8], const Tensor& tensor, const char* plane, int64_t row,
+                                         int channel) {
+  Octet<kType> octet[1];
+  load_rows(octet, tensor, plane, row, 1, tensor.tokens, channel);
+  unpack(octet[0], x);
+}
+
+// Writes one bit a row of the block's tile, set where `bad` has bit i for row row_of(i).
+template <int kWords, class RowOf>
+__device__ __forceinline__ void write_bits(uint32_t* to, int words, bool any, uint32_t bad, RowOf row_of) {
+  const int thread = threadIdx.x;
+  if (!any) {
+    if (thread < words) to[thread] = 0;
+    return;
+  }
+  __shared__ uint32_t bits[kWords];
+  if (thread < kWords) bits[thread] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (; bad != 0; bad &= bad - 1) {
+    const int row = row_of(__ffs(bad) - 1);
+    atomicOr(&bits[row / 32], 1u << row % 32);
+  }
+  __syncthreads();
+  if (thread < words) to[thread] = bits[thread];
 }
 
 // ---- what a channel's values come to ----------------------------------------------------------------------------

@@ -124,17 +124,17 @@ __global__ void __launch_bounds__(kThreads, kType == DType::kF32 ? 2 : 3)
       a.packed.v_mean[at] = known ? values.mean : 0.0f;
       a.packed.v_scales[at] = known ? values.scale : 1.0f;
       a.packed.v_peaks[at] = 0.0f;
-    } else if (c < tensor.channels) {
+    } else if (a.packed.k_mean != nullptr && c < tensor.channels) {
       a.packed.k_mean[int64_t{plane} * tensor.channels + c] = mean_of_channel(all, pivots[c], count);
     }
   }
-  if (is_value && threadIdx.x == 0) a.packed.flags[plane] = 0;
+  if ((is_value || a.values == 0) && threadIdx.x == 0) a.packed.flags[plane] = 0;
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.packed.next_item = 0;
 }
 
 }  // namespace
 
-void launch_sage2_sample(const Sage2Op& op, CUstream_st* stream) {
+void launch_sage2_sample(const Sage2Op& op, bool keys_alone, CUstream_st* stream) {
   SampleArguments a{};
   a.k = make_tensor(op.k);
   a.v = make_tensor(op.v);
@@ -142,8 +142,9 @@ void launch_sage2_sample(const Sage2Op& op, CUstream_st* stream) {
   a.sample = make_sample(op.k.tokens());
   a.heads = static_cast<int>(op.k.heads());
   a.head_dim = op.plan.padded_head_dim;
-  a.values = static_cast<unsigned>(op.k.batch() * op.k.heads());
-  a.keys = op.packed.k_mean != nullptr ? a.values : 0;
+  const auto planes = static_cast<unsigned>(op.k.batch() * op.k.heads());
+  a.values = keys_alone ? 0 : planes;
+  a.keys = keys_alone || op.packed.k_mean != nullptr ? planes : 0;
   a.centre_all = op.plan.smooth_v;
   a.codes = ValueCodes::of(op.plan, false);
   for_float_type(op.k.dtype, [&](auto type) {
