@@ -180,9 +180,11 @@ void set_cuda_tiles(const AttentionShape& shape, const DeviceTraits& device, Pla
 
 // By measurement, end to end (bench/results/): quantizing pays where the products are long.
 static Kernel hopper_auto_kernel(const AttentionShape& shape, std::string& reason) {
-  const int64_t tokens = std::min(shape.q_tokens, shape.k_tokens);
-  if (tokens >= (std::max(shape.head_dim, shape.v_dim) <= 64 ? 4096 : 2048)) {
-    reason = "auto: sage2 is the fastest kernel on this device from 2048 tokens on (head dimensions up to 64: 4096)";
+  const int64_t tokens = std::min(shape.q_tokens, shape.k_tokens), dim = std::max(shape.head_dim, shape.v_dim);
+  if (tokens >= (dim <= 64 ? 4096 : dim <= 128 && shape.causal ? 2560 : 2048)) {
+    reason =
+        "auto: sage2 is the fastest kernel on this device from 2048 tokens on (head dimensions up to 64: 4096; up to "
+        "128 and causal: 2560)";
     return Kernel::kSage2;
   }
   if (shape.dtype == DType::kF32) {
