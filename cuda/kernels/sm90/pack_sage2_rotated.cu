@@ -52,7 +52,8 @@ struct Config {
   static constexpr uint32_t kElements = (kType == DType::kF16 ? 15 - kPower << 10 : 127 - kPower << 7) * 0x10001u;
 };
 
-// What the product makes of a mean, less, twice as a fragment has it: [mean][half][n-tile][fragment][thread of a row].
+// Means, and what their products are subtracted from those of rows as: two columns of a fragment, twice, as its two
+// rows have the same: [mean][half][tile of 8 columns][fragment][thread of a row].
 template <class C>
 struct Means {
   float means[C::kMeans][C::kHeadDim];  // with their signs
@@ -61,8 +62,7 @@ struct Means {
 
 __device__ __forceinline__ uint32_t parity(uint32_t bits) { return __popc(bits) & 1; }
 
-// What the rows of a block have in common. Its threads take every fourth octet of a row, beginning with threadIdx.x
-// % 4.
+// Fills `shared` with the means that mean_of(m, channel) gives.
 template <class C, class MeanOf>
 __device__ __forceinline__ void take_means(const RotateArguments& a, Means<C>& shared, MeanOf mean_of) {
 #pragma unroll 1
@@ -90,7 +90,7 @@ __device__ __forceinline__ void take_means(const RotateArguments& a, Means<C>& s
   __syncthreads();
 }
 
-// Fragment f of rows `low` and `high` of 16.
+// The first or second four channels of octets of two rows, as a product takes them.
 template <class C>
 class Fragment {
  public:
@@ -193,7 +193,7 @@ __device__ __forceinline__ void pack_rows(const RotateArguments& a, unsigned ite
     }
   }
 
-  // Elements of the product are those of rows 2c + e + 8s and column g, or g + 8.
+  // H of the channels that threads c hold, 8c + 2s + e: what columns g and, with other signs, g + 8 are made with.
   uint32_t elements[2];
 #pragma unroll
   for (int s = 0; s < 2; s++) {
@@ -277,7 +277,7 @@ __device__ __forceinline__ void pack_rows(const RotateArguments& a, unsigned ite
       }
 #pragma unroll
       for (int r = 0; r < C::kRows; r++) infinite |= r == k && !(largest[r] < INFINITY);
-      const auto any_of_row = [&](bool own) { return (__ballot_sync(~0u, own) >> (lane & ~3) & 15) != 0; };
+      const auto any_of_row = [&](bool mine) { return (__ballot_sync(~0u, mine) >> (lane & ~3) & 15) != 0; };
       const bool row_is_bad = any_of_row(own), row_is_infinite = any_of_row(infinite);
       if (row_is_bad) {
         bad |= 1u << k;
