@@ -52,7 +52,8 @@ struct Config {
   static constexpr uint32_t kElements = (kType == DType::kF16 ? 15 - kPower << 10 : 127 - kPower << 7) * 0x10001u;
 };
 
-// What the product makes of a mean, less, twice as a fragment has it: [mean][half][n-tile][fragment][thread of a row].
+// Means, and what their products are subtracted from those of rows as: two columns of a fragment, twice, as its two
+// rows have the same: [mean][half][tile of 8 columns][fragment][thread of a row].
 template <class C>
 struct Means {
   float means[C::kMeans][C::kHeadDim];  // with their signs
@@ -61,8 +62,7 @@ struct Means {
 
 __device__ __forceinline__ uint32_t parity(uint32_t bits) { return __popc(bits) & 1; }
 
-// What the rows of a block have in common. Its threads take every fourth octet of a row, beginning with threadIdx.x
-// % 4.
+// Fills `shared` with the means that mean_of(m, channel) gives.
 template <class C, class MeanOf>
 __device__ __forceinline__ void take_means(const RotateArguments& a, Means<C>& shared, MeanOf mean_of) {
 #pragma unroll 1
@@ -90,7 +90,7 @@ __device__ __forceinline__ void take_means(const RotateArguments& a, Means<C>& s
   __syncthreads();
 }
 
-// Fragment f of rows `low` and `high` of 16.
+// The first or second four channels of octets of two rows, as a product takes them.
 template <class C>
 class Fragment {
  public:
@@ -193,7 +193,7 @@ __device__ __forceinline__ void pack_rows(const RotateArguments& a, unsigned ite
     }
   }
 
-  // Elements of the product are those of rows 2c + e + 8s and column g, or g + 8.
+  // H of the channels that threads c hold, 8c + 2s + e: what columns g and, with other signs, g + 8 are made with.
   uint32_t elements[2];
 #pragma unroll
   for (int s = 0; s < 2; s++) {
@@ -202,8 +202,9 @@ __device__ __forceinline__ void pack_rows(const RotateArguments& a, unsigned ite
   }
   const uint32_t second_tile = c & 2 ? 0x80008000u : 0u;
 
-  // Hands out the rotated rows in parts: body(i, tile, half, sums) has sums of rows 16i + g and 16i + g + 8.
-  const auto each_part = [&](auto body) {
+  // Hands out the rotated rows in parts: body(i, tile, half, sums) has sums of rows 16i + g and 16i + g + 8, but for
+  // steps from `end` on.
+  const auto each_part = [&](auto end, auto body) {
 #pragma unroll
     for (int i = 0; i < C::kRows / 2; i++) {
 #pragma unroll 1  // sums of two parts at once would not fit in registers
@@ -229,7 +230,7 @@ __device__ __forceinline__ void pack_rows(const RotateArguments& a, unsigned ite
           }
         }
 #pragma unroll
-        for (int step = 1; step < C::kFragments; step *= 2) {
+        for (int step = 1; step < decltype(end)::value; step *= 2) {
 #pragma unroll
           for (int f = 0; f < C::kFragments; f++) {
             if (f & step) continue;
@@ -246,12 +247,19 @@ __device__ __forceinline__ void pack_rows(const RotateArguments& a, unsigned ite
     }
   };
 
+  // The larger one of |x + y| and |x - y| is |x| + |y|.
+  constexpr int kLastStep = C::kFragments / 2;
   float largest[C::kRows] = {};
-  each_part([&](int i, int, int, const float(&sum)[C::kFragments][4]) {
+  each_part(std::integral_constant<int, kLastStep>{}, [&](int i, int, int, const float(&sum)[C::kFragments][4]) {
 #pragma unroll
-    for (const auto& x : sum) {
-      largest[2 * i] = magnitude(largest[2 * i], magnitude(x[0], x[1]));
-      largest[2 * i + 1] = magnitude(largest[2 * i + 1], magnitude(x[2], x[3]));
+    for (int f = 0; f < kLastStep; f++) {
+      float most[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) most[j] = fabsf(sum[f][j]) + fabsf(sum[f + kLastStep][j]);
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        largest[2 * i + e] = magnitude(largest[2 * i + e], magnitude(most[2 * e], most[2 * e + 1]));
+      }
     }
   });
 
@@ -277,7 +285,7 @@ __device__ __forceinline__ void pack_rows(const RotateArguments& a, unsigned ite
       }
 #pragma unroll
       for (int r = 0; r < C::kRows; r++) infinite |= r == k && !(largest[r] < INFINITY);
-      const auto any_of_row = [&](bool own) { return (__ballot_sync(~0u, own) >> (lane & ~3) & 15) != 0; };
+      const auto any_of_row = [&](bool mine) { return (__ballot_sync(~0u, mine) >> (lane & ~3) & 15) != 0; };
       const bool row_is_bad = any_of_row(own), row_is_infinite = any_of_row(infinite);
       if (row_is_bad) {
         bad |= 1u << k;
@@ -349,7 +357,8 @@ __device__ __forceinline__ void pack_rows(const RotateArguments& a, unsigned ite
     const int64_t tile_row = (kKeys ? warp * C::kRowsOfWarp : warp_row % kBlockM) + g;
     const int64_t first_row = kKeys ? int64_t{item} * C::kTokens : plane * a.q_rows + warp_row / kBlockM * kBlockM;
     int8_t* const codes = (kKeys ? a.packed.k : a.packed.q) + first_row * C::kHeadDim;
-    each_part([&](int i, int tile, int half, const float(&sum)[C::kFragments][4]) {
+    each_part(std::integral_constant<int, C::kFragments>{}, [&](int i, int tile, int half,
+                                                                const float(&sum)[C::kFragments][4]) {
       const int byte = ((half * 2 + tile) * 4 + c) * kPartBytes, chunk = byte / 16 % (C::kPanel / 16);
       const int at = (chunk ^ swizzle(C::kPanel, g)) * 16 + byte % 16, panel = byte / C::kPanel;
 #pragma unroll
