@@ -117,12 +117,20 @@ void launch_dequantize(const QuantizeOp& op, cudaStream_t stream) {
     for_float_type(op.x.dtype, [&](auto type) {
       constexpr DType kCode = decltype(code)::value, kType = decltype(type)::value;
       launch_grid(op.x, tiles_of(op.x.tokens(), tile_rows), [&](dim3 grid, Place corner) {
-        if (!common)
-          dequantize_kernel<kCode, kType, Case::kAny><<<grid, block, shared, stream>>>(a, corner);
-        else if (a.per_channel)
-          dequantize_kernel<kCode, kType, Case::kChannelScales><<<grid, block, shared, stream>>>(a, corner);
-        else
-          dequantize_kernel<kCode, kType, Case::kRowScales><<<grid, block, shared, stream>>>(a, corner);
+        // What kernels of attention have: no scales per channel in 4 bits, and e4m3 with no others.
+        if constexpr (kCode != DType::kI4) {
+          if (common && a.per_channel) {
+            dequantize_kernel<kCode, kType, Case::kChannelScales><<<grid, block, shared, stream>>>(a, corner);
+            return;
+          }
+        }
+        if constexpr (kCode != DType::kE4M3) {
+          if (common && !a.per_channel) {
+            dequantize_kernel<kCode, kType, Case::kRowScales><<<grid, block, shared, stream>>>(a, corner);
+            return;
+          }
+        }
+        dequantize_kernel<kCode, kType, Case::kAny><<<grid, block, shared, stream>>>(a, corner);
       });
     });
   });

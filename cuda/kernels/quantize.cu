@@ -435,12 +435,17 @@ void launch_quantize_groups(const QuantizeOp& op, uint32_t* not_finite, void* sc
           return;
         }
       }
-      if (!common)
-        quantize_any_kernel<kType, kCode, kRotate><<<grid, block, shared, stream>>>(a, corner);
-      else if (op.mean || kRotate)  // what is absent counts as zeros
-        quantize_span_kernel<kType, kCode, MeanOf::kTensor, kRotate><<<grid, block, held, stream>>>(a, corner);
-      else
-        quantize_span_kernel<kType, kCode, MeanOf::kNothing, false><<<grid, block, held, stream>>>(a, corner);
+      if constexpr (kCode != DType::kE4M3) {   // that is for values, whose scales are per channel
+        if (common && (op.mean || kRotate)) {  // what is absent counts as zeros
+          quantize_span_kernel<kType, kCode, MeanOf::kTensor, kRotate><<<grid, block, held, stream>>>(a, corner);
+          return;
+        }
+        if (common) {
+          quantize_span_kernel<kType, kCode, MeanOf::kNothing, false><<<grid, block, held, stream>>>(a, corner);
+          return;
+        }
+      }
+      quantize_any_kernel<kType, kCode, kRotate><<<grid, block, shared, stream>>>(a, corner);
     });
   };
   for_float_type(op.x.dtype, [&](auto type) {

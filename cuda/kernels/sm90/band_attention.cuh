@@ -27,8 +27,9 @@ struct BandParams {
   int head_dim;
 };
 
-template <int kHeadDim, bool kFast, bool kSums, ptx::Half kHalf_>
-struct BandConfig : Sage2Config<kHeadDim, kFast, false, kSums, true> {
+// The sums of exact exponentials cost little: one instance serves calls with a log-sum-exp and without.
+template <int kHeadDim, bool kFast, ptx::Half kHalf_>
+struct BandConfig : Sage2Config<kHeadDim, kFast, false, !kFast, true> {
   static constexpr ptx::Half kHalf = kHalf_;
   // The first tile of INT8 and FP8 that is not all in the band.
   static constexpr int kFirstLow = kSinkTiles * kBandKeys / sage2_tiles(kHeadDim, kFast, true).block_n;

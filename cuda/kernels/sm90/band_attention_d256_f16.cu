@@ -5,9 +5,8 @@ namespace sage::cuda::sm90::band {
 
 template <>
 void launch_for<256, ptx::Half::kF16>(const Sage2Op& op, cudaStream_t stream) {
-  if (op.plan.fast_exponential) return launch<BandConfig<256, true, false, ptx::Half::kF16>>(op, stream);
-  if (op.lse) return launch<BandConfig<256, false, true, ptx::Half::kF16>>(op, stream);
-  launch<BandConfig<256, false, false, ptx::Half::kF16>>(op, stream);
+  if (op.plan.fast_exponential) return launch<BandConfig<256, true, ptx::Half::kF16>>(op, stream);
+  launch<BandConfig<256, false, ptx::Half::kF16>>(op, stream);
 }
 
 }  // namespace sage::cuda::sm90::band
