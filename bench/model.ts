@@ -10,6 +10,8 @@ const tileKeys = 64;
 export interface Work {
   /** On one multiprocessor. */
   tiles: number;
+  /** Those of them that are of causal calls. */
+  causalTiles: number;
   /** On one multiprocessor. */
   blocks: number;
   /** Those of them whose last tiles are masked. */
@@ -31,20 +33,23 @@ export function workOf(shape: Shape, multiprocessors: number, queriesAtOnce = bl
   const share = batch * heads * rows / multiprocessors;
   const done = causal ? share : Math.ceil(share);
   const blocks = done * queriesAtOnce / blockRows;
-  return { tiles: blocks * tiles / rows, blocks, masked: causal ? blocks : 0 };
+  const all = blocks * tiles / rows;
+  return { tiles: all, causalTiles: causal ? all : 0, blocks, masked: causal ? blocks : 0 };
 }
 
 /** A model of one kernel at one head dimension. */
 export interface TimeModel {
   /** Cycles of a multiprocessor for a tile of 128 queries by 64 keys. */
   cyclesPerTile: number;
+  /** What it takes more of them in a causal call, which may be another instance and finds less in the cache. */
+  cyclesPerCausalTile: number;
   /** Cycles of a multiprocessor for what a block of 128 queries costs besides: quantizing, loading, storing. */
   cyclesPerBlock: number;
   /** Cycles of a multiprocessor for the mask of a block. */
   cyclesPerMask: number;
   /** Microseconds of a call without work. */
   launchUs: number;
-  /** Queries that the kernel takes at a time. */
+  /** Queries that the kernel takes at a time, where a call does not tell. */
   queriesAtOnce: number;
   multiprocessors: number;
   clockMHz: number;
@@ -52,10 +57,24 @@ export interface TimeModel {
 
 /** Milliseconds of a call. */
 export function predictMs(model: TimeModel, shape: Shape): number {
-  const { cyclesPerTile, cyclesPerBlock, cyclesPerMask, launchUs, clockMHz } = model;
-  const { tiles, blocks, masked } = workOf(shape, model.multiprocessors, model.queriesAtOnce);
-  const cycles = tiles * cyclesPerTile + blocks * cyclesPerBlock + masked * cyclesPerMask;
+  const { cyclesPerTile, cyclesPerCausalTile, cyclesPerBlock, cyclesPerMask, launchUs, clockMHz } =
+    model;
+  const { tiles, causalTiles, blocks, masked } = workOf(
+    shape,
+    model.multiprocessors,
+    model.queriesAtOnce,
+  );
+  const cycles = tiles * cyclesPerTile + causalTiles * cyclesPerCausalTile +
+    blocks * cyclesPerBlock + masked * cyclesPerMask;
   return cycles / clockMHz / 1e3 + launchUs / 1e3;
+}
+
+/** Milliseconds of a measured call, whose blocks may be others than those of the kernel's other calls. */
+export function predictRow(model: TimeModel, row: Row): number {
+  return predictMs(
+    { ...model, queriesAtOnce: row.queriesAtOnce ?? model.queriesAtOnce },
+    shapeOf(row),
+  );
 }
 
 /** Whether the model speaks about a row: every multiprocessor has several blocks, so that none waits for others. */
@@ -178,18 +197,19 @@ export function fitTime(
   const used = fittedOf(rows).filter((row) => inDomain(shapeOf(row), sms));
   if (used.length < 5 || clockMHz === undefined) return;
   const queriesAtOnce = used[0].queriesAtOnce ?? blockRows;
-  const works = used.map((row) => workOf(shapeOf(row), sms, queriesAtOnce));
+  const works = used.map((row) => workOf(shapeOf(row), sms, row.queriesAtOnce));
   // Where all have about as many blocks, what a call takes is part of what its blocks take.
   const blocks = works.map(({ blocks }) => blocks);
   const call = Math.max(...blocks) > 1.5 * Math.min(...blocks) ? [1] : [];
-  const [perTile, perBlock, perMask, launch = 0] = fitLargest(
+  const [perTile, perCausalTile, perBlock, perMask, launch = 0] = fitLargest(
     used.map(({ ms }, i) => {
-      const { tiles, blocks, masked } = works[i];
-      return [tiles, blocks, masked, ...call].map((value) => value / ms);
+      const { tiles, causalTiles, blocks, masked } = works[i];
+      return [tiles, causalTiles, blocks, masked, ...call].map((value) => value / ms);
     }),
   );
   return {
     cyclesPerTile: perTile * clockMHz * 1e3,
+    cyclesPerCausalTile: perCausalTile * clockMHz * 1e3,
     cyclesPerBlock: perBlock * clockMHz * 1e3,
     cyclesPerMask: perMask * clockMHz * 1e3,
     launchUs: launch * 1e3,

@@ -10,6 +10,7 @@ import {
   isModelled,
   predictBytes,
   predictMs,
+  predictRow,
   type Ring,
   shapeOf,
   stepBytes,
@@ -54,7 +55,7 @@ export function modelled(results: Results): Modelled[] {
 
 /** Predicted time over measured time, less 1. */
 export function deviation(model: TimeModel, row: Row): number {
-  return predictMs(model, shapeOf(row)) / row.ms - 1;
+  return predictRow(model, row) / row.ms - 1;
 }
 
 function worst(model: TimeModel, rows: readonly Row[]): string {
@@ -65,12 +66,13 @@ function worst(model: TimeModel, rows: readonly Row[]): string {
 /** The constants of the model, and how far it is from the rows that were fitted and from the others. */
 export function modelTable(results: Results): string {
   const body = modelled(results).map(({ name, headDim, rows, model }) => {
-    const { cyclesPerTile, cyclesPerBlock, cyclesPerMask, launchUs, multiprocessors, clockMHz } =
-      model;
+    const { cyclesPerTile, cyclesPerCausalTile, cyclesPerBlock, cyclesPerMask, launchUs } = model;
+    const { multiprocessors, clockMHz } = model;
     const limit = 4 * 128 * 64 * headDim / cyclesPerTile * multiprocessors * clockMHz / 1e6;
     return [
       `${name}, D ${headDim}`,
       cyclesPerTile.toFixed(0),
+      cyclesPerCausalTile.toFixed(0),
       cyclesPerBlock.toFixed(0),
       cyclesPerMask.toFixed(0),
       launchUs.toFixed(0),
@@ -81,6 +83,7 @@ export function modelTable(results: Results): string {
   return table([
     "kernel",
     "cycles a tile",
+    "more if causal",
     "cycles a block",
     "cycles its mask",
     "µs a call",
@@ -98,9 +101,7 @@ export function lengthsTable(results: Results): string {
       `${name}${causal ? ", causal" : ""}`,
       ...lengths.map((tokens) => {
         const row = rows.find((one) => one.tokens === tokens && one.causal === causal);
-        return row
-          ? `${row.ms.toPrecision(3)} (${predictMs(model, shapeOf(row)).toPrecision(3)})`
-          : "–";
+        return row ? `${row.ms.toPrecision(3)} (${predictRow(model, row).toPrecision(3)})` : "–";
       }),
     ])
   );
@@ -150,7 +151,7 @@ export function sizesTable(results: Results): string {
     title(row),
     `${row.batch} × ${row.heads} heads, ${kilo(row.tokens)}`,
     row.ms.toPrecision(3),
-    predictMs(model, shapeOf(row)).toPrecision(3),
+    predictRow(model, row).toPrecision(3),
     `${(100 * deviation(model, row)).toFixed(1)} %${within ? "" : " (too few blocks)"}`,
   ]);
   if (!body.length) return "The record has no rows of other batches and heads.";

@@ -154,20 +154,22 @@ Deno.test("the shown record is modelled", () => {
 const square = { headDim: 128, causal: false, batch: 1, heads: 132, kvHeads: 132, tokens: 1024 };
 
 Deno.test("workOf() counts tiles and blocks", () => {
-  assertEquals(workOf(square, 132), { tiles: 8 * 16, blocks: 8, masked: 0 });
+  assertEquals(workOf(square, 132), { tiles: 8 * 16, causalTiles: 0, blocks: 8, masked: 0 });
   assertEquals(workOf({ ...square, causal: true }, 132), {
     tiles: 2 + 4 + 6 + 8 + 10 + 12 + 14 + 16,
+    causalTiles: 2 + 4 + 6 + 8 + 10 + 12 + 14 + 16,
     blocks: 8,
     masked: 8,
   });
   assertEquals(workOf({ ...square, queries: 1, causal: true }, 132), {
     tiles: 16,
+    causalTiles: 16,
     blocks: 1,
     masked: 1,
   });
   const oneMore = { ...square, heads: 133 }; // a second round for the blocks of one head
-  assertEquals(workOf(oneMore, 132), { tiles: 9 * 16, blocks: 9, masked: 0 });
-  assertEquals(workOf(square, 132, 256), { tiles: 8 * 16, blocks: 8, masked: 0 });
+  assertEquals(workOf(oneMore, 132), { tiles: 9 * 16, causalTiles: 0, blocks: 9, masked: 0 });
+  assertEquals(workOf(square, 132, 256), { tiles: 8 * 16, causalTiles: 0, blocks: 8, masked: 0 });
   assert(inDomain(square, 132));
   assert(!inDomain({ ...square, heads: 33 }, 132));
   assert(!inDomain({ ...square, queries: 1 }, 132));
@@ -197,6 +199,7 @@ Deno.test("fitTime() finds the constants of rows that obey the model", () => {
   const results = { multiprocessors: 132, clocks: { sm: { median: 1000 } } } as Results;
   const model = {
     cyclesPerTile: 2000,
+    cyclesPerCausalTile: 200,
     cyclesPerBlock: 10_000,
     cyclesPerMask: 3000,
     launchUs: 5,
@@ -212,6 +215,7 @@ Deno.test("fitTime() finds the constants of rows that obey the model", () => {
   );
   const found = fitTime(rows, results)!;
   assertAlmostEquals(found.cyclesPerTile, 2000, 1e-3);
+  assertAlmostEquals(found.cyclesPerCausalTile, 200, 1e-3);
   assertAlmostEquals(found.cyclesPerBlock, 10_000, 1);
   assertAlmostEquals(found.cyclesPerMask, 3000, 1);
   assertAlmostEquals(found.launchUs, 5, 1e-2);
