@@ -973,7 +973,8 @@ struct RowRoom {
   __device__ __forceinline__ explicit RowRoom(const uint8_t* totals) {
     uint32_t thread = threadIdx.x;
     // Read again where registers are few, so that nothing made of it occupies one all the while.
-    if constexpr (C::kHeadDim == 256 || (C::kHeadDim == 64 && C::kFast)) asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    if constexpr (C::kHeadDim == 256 || (C::kHeadDim == 64 && C::kFast))
+      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     lane = static_cast<int>(thread % 32);
     base = ptx::shared_address(totals) + thread % 128 / 32 * (128 * kUnitsOfSpan);
   }
