@@ -288,7 +288,8 @@ struct Item {
 
   __device__ __forceinline__ Item(const F16Params& p, int index) {
     int q_block;
-    if (C::kEnds && (!C::kBegins || (C::kMasks && p.longest_first))) {  // the longest first
+    // The longest of a run of planes first; with a mask, which planes may share, blocks get rows of the same length.
+    if (C::kEnds && (!C::kBegins || C::kMasks)) {
       const int run = p.run_items.divide(index), at = index - run * static_cast<int>(p.run_items.divisor);
       const int first_plane = run * static_cast<int>(p.run_planes.divisor);
       const bool whole = first_plane + static_cast<int>(p.run_planes.divisor) <= p.planes;
@@ -552,11 +553,22 @@ __device__ __forceinline__ float clamp_factor(float factor) {
   return factor < 0x1p-126f ? 0x1p-126f : factor > 0x1p100f ? 0x1p100f : factor;
 }
 
-// Bits `first` to `last` of 64.
-__device__ __forceinline__ uint64_t keys_between(int first, int last) {
-  const uint64_t from = first <= 0 ? ~uint64_t{0} : first > 63 ? 0 : ~uint64_t{0} << first;
-  const uint64_t to = last < 0 ? 0 : last >= 63 ? ~uint64_t{0} : ~uint64_t{0} >> (63 - last);
-  return from & to;
+// Bits `first` to `last` of 32; none where the last comes before the first.
+__device__ __forceinline__ uint32_t keys_between(int first, int last) {
+  const int begin = max(first, 0);
+  uint32_t keys;
+  asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(keys) : "r"(begin), "r"(max(last + 1 - begin, 0)));
+  return keys;
+}
+
+// Of 32 keys, a bit each, those from this lane's first column on. The lane is read again, so that nothing made of it
+// occupies a register all the while.
+__device__ __forceinline__ uint32_t from_first_column(uint32_t keys) {
+  asm volatile(
+      "{ .reg .b32 column; mov.u32 column, %%tid.x; and.b32 column, column, 3; shl.b32 column, column, 1; "
+      "shr.u32 %0, %0, column; }"
+      : "+r"(keys));
+  return keys;
 }
 
 __device__ __forceinline__ float reciprocal(float x) {
@@ -1126,19 +1138,19 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
 #pragma unroll
         for (int half = 0; half < 2; half++) {
 #pragma unroll
-          for (int part = 0; part < kParts; part++) {
-            uint64_t keys = taken.masked() ? visible[half][part] : ~uint64_t{0};
+          for (int word = 0; word < C::kBlockN / 32; word++) {
+            uint32_t keys = ~0u;
+            if (taken.masked()) keys = static_cast<uint32_t>(visible[half][word / 2] >> 32 * (word % 2));
             if (taken.edge()) {
-              const int row = row0 + lane_row + 8 * half, key = tile * C::kBlockN + part * kMaskTileKeys;
+              const int row = row0 + lane_row + 8 * half, key = tile * C::kBlockN + word * 32;
               keys &= keys_between(first_key<C>(p, row) - key, last_key<C>(p, row) - key);
             }
             if (keys != 0) tile_seen |= 1u << half;
-            const uint32_t word[2] = {static_cast<uint32_t>(keys) >> 2 * c, static_cast<uint32_t>(keys >> 32) >> 2 * c};
+            keys = from_first_column(keys);
 #pragma unroll
-            for (int i = 0; i < kMaskTileKeys / 4; i++) {
-              const int at = part * (kMaskTileKeys / 2) + i / 2 * 4 + half * 2 + i % 2;
-              const bool seen_here = word[i / 8] >> (i / 2 % 4 * 8 + i % 2) & 1u;
-              s[at] = seen_here ? s[at] : kMasked;
+            for (int i = 0; i < 8; i++) {
+              const int at = word * 16 + i / 2 * 4 + half * 2 + i % 2;
+              s[at] = keys >> (i / 2 * 8 + i % 2) & 1u ? s[at] : kMasked;
             }
           }
         }
@@ -1337,13 +1349,18 @@ struct Operands {
   View q, k, v;
 };
 
-// Planes to a run, of which `most` fit in the cache. Where the items of so many are whole turns of the blocks there and
-// back, all blocks get the same work; else where runs begin moves on, and with it who gets the longest items.
+// Planes to a run, of which `most` fit in the cache. The nearer the items of so many are to whole turns of the blocks
+// there and back, the more equal is what the blocks get.
 inline int planes_of_run(int most, int q_blocks, int width) {
-  for (int planes = (most + 1) / 2; planes <= most; planes++) {
-    if (planes * q_blocks % (2 * width) == 0) return planes;
+  const int turns = 2 * width;
+  int best = most;
+  float least = 1.0f;  // share of the turns in which blocks have nothing to do
+  for (int planes = (most + 1) / 2; planes <= most && least > 0.0f; planes++) {
+    const int items = planes * q_blocks, idle = (turns - items % turns) % turns;
+    const float share = static_cast<float>(idle) / static_cast<float>(items + idle);
+    if (share < least) best = planes, least = share;
   }
-  return std::min(most, 32);
+  return best;
 }
 
 template <class C>

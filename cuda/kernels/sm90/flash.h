@@ -34,6 +34,7 @@ struct F16Tiles {
 constexpr int kFewRows = 2048;
 
 constexpr F16Tiles f16_tiles(int padded_head_dim, bool quantized, F16Mask mask, int64_t q_tokens) {
+  if (mask == F16Mask::kMask && padded_head_dim == 64 && !quantized) return {192, 128};
   if (mask == F16Mask::kWindow || mask == F16Mask::kMask)
     return padded_head_dim == 256 ? F16Tiles{128, 64} : F16Tiles{128, 128};
   const bool causal = mask == F16Mask::kCausal;
