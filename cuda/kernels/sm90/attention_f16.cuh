@@ -1349,18 +1349,14 @@ struct Operands {
   View q, k, v;
 };
 
-// Planes to a run, of which `most` fit in the cache. The nearer the items of so many are to whole turns of the blocks
-// there and back, the more equal is what the blocks get.
-inline int planes_of_run(int most, int q_blocks, int width) {
-  const int turns = 2 * width;
-  int best = most;
-  float least = 1.0f;  // share of the turns in which blocks have nothing to do
-  for (int planes = (most + 1) / 2; planes <= most && least > 0.0f; planes++) {
-    const int items = planes * q_blocks, idle = (turns - items % turns) % turns;
-    const float share = static_cast<float>(idle) / static_cast<float>(items + idle);
-    if (share < least) best = planes, least = share;
+// Planes to a run, of which the cache holds `most` at best and `few` easily. Where the items of so many are whole turns
+// of the blocks there and back, all blocks get the same work. Next to whole turns is worst: then the same blocks get
+// the longest items over and over.
+inline int planes_of_run(int most, int few, int q_blocks, int width) {
+  for (int planes = (most + 1) / 2; planes <= most; planes++) {
+    if (planes * q_blocks % (2 * width) == 0) return planes;
   }
-  return best;
+  return std::min(few, 32);
 }
 
 template <class C>
@@ -1379,10 +1375,12 @@ void launch_f16(F16Params params, const Operands& operands, cudaStream_t stream)
   constexpr int64_t kCacheBytes = 40 << 20, kLittleCacheBytes = 24 << 20, kManyPlanes = 6;
   params.longest_first = params.low == -params.q_tokens && params.high < params.k_tokens;
   params.turn_around = kCacheBytes / plane_bytes >= kManyPlanes && (!C::kMasks || params.longest_first);
-  const int64_t fitting = (params.turn_around ? kCacheBytes : kLittleCacheBytes) / plane_bytes;
-  const int most_planes = static_cast<int>(std::clamp<int64_t>(fitting, 1, params.planes));
-  const int clusters = multiprocessors / C::kCluster;
-  const int run_planes = params.turn_around ? planes_of_run(most_planes, q_blocks, clusters) : most_planes;
+  const auto fitting = [&](int64_t bytes) {
+    return static_cast<int>(std::clamp<int64_t>(bytes / plane_bytes, 1, params.planes));
+  };
+  const int clusters = multiprocessors / C::kCluster, few_planes = fitting(kLittleCacheBytes);
+  const int run_planes =
+      params.turn_around ? planes_of_run(fitting(kCacheBytes), few_planes, q_blocks, clusters) : few_planes;
   params.q_blocks = Divisor(q_blocks);
   params.items = params.planes * q_blocks;
   params.run_planes = Divisor(run_planes);
