@@ -118,8 +118,8 @@ void choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& devic
 }
 
 void set_hopper_f16(const AttentionShape& shape, Plan& plan) {
-  const cuda::sm90::F16Tiles tiles = cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1,
-                                                           cuda::sm90::f16_mask(shape.masking), shape.q_tokens);
+  const cuda::sm90::F16Tiles tiles =
+      cuda::sm90::f16_tiles(plan.padded_head_dim, plan.kernel == Kernel::kSage1, shape.masking, shape.q_tokens);
   plan.architecture = 90;
   plan.implementation = "sm_90a wgmma";
   plan.block_q = tiles.block_q;

@@ -1077,13 +1077,13 @@ __device__ __forceinline__ void compute(const F16Params& p, const Shared<C>& sha
   const auto start_scores = [&] {
     const uint32_t stage = count % C::kStages;
     ptx::barrier_wait(shared.k_full(stage), count / C::kStages & 1);
-    if constexpr (C::kMasks) shared.description(stage, taken, next_tile);
     take_turn();
     ptx::pin(probabilities);
     ptx::product_fence();
     issue_scores<C>(s,
                     ptx::tile_descriptor<C::kWidth>() | ptx::descriptor_address(shared.q(items % C::kQBuffers, group)),
                     ptx::tile_descriptor<C::kWidth>() | ptx::descriptor_address(shared.k(stage)));
+    if constexpr (C::kMasks) shared.description(stage, taken, next_tile);
   };
   // Fetches what a mask shows of this tile, and the factors of the one after it, which takes longer than a product.
   const auto look_ahead = [&] {

@@ -33,8 +33,12 @@ struct F16Tiles {
 // Below so many queries, blocks of few rows waste less on the diagonal.
 constexpr int kFewRows = 2048;
 
-constexpr F16Tiles f16_tiles(int padded_head_dim, bool quantized, F16Mask mask, int64_t q_tokens) {
-  if (mask == F16Mask::kMask && padded_head_dim == 64 && !quantized) return {192, 128};
+// Blocks of many rows fit few patterns of masks, but where all rows see the same keys.
+inline bool rows_share_mask(const Masking& masking) { return masking.mask && masking.mask.tokens() == 1; }
+
+inline F16Tiles f16_tiles(int padded_head_dim, bool quantized, const Masking& masking, int64_t q_tokens) {
+  const F16Mask mask = f16_mask(masking);
+  if (padded_head_dim == 64 && !quantized && rows_share_mask(masking)) return {192, 128};
   if (mask == F16Mask::kWindow || mask == F16Mask::kMask)
     return padded_head_dim == 256 ? F16Tiles{128, 64} : F16Tiles{128, 128};
   const bool causal = mask == F16Mask::kCausal;

@@ -12,7 +12,9 @@ void launch(const F16Params& params, const Operands& operands, F16Mask mask, cud
     return launch_f16<F16Config<64, kType, F16Mask::kWindow, 128, 2, 4, 2, true>>(params, operands, stream);
   }
   if (mask == F16Mask::kMask) {
-    return launch_f16<F16Config<64, kType, F16Mask::kMask, 128, 3, 4, 2, true>>(params, operands, stream);
+    if (params.mask.rows == 1)
+      return launch_f16<F16Config<64, kType, F16Mask::kMask, 128, 3, 4, 2, true>>(params, operands, stream);
+    return launch_f16<F16Config<64, kType, F16Mask::kMask, 128, 2, 4, 2, false>>(params, operands, stream);
   }
   const bool causal = mask == F16Mask::kCausal;
   if (causal && params.q_tokens < kFewRows) {

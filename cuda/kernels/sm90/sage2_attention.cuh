@@ -92,7 +92,7 @@ struct Sage2Config {
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim >= 128;
+  static constexpr bool kTurns = kHeadDim >= 128 || (kFast && kBoolMask);
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
   // So many words of exact exponentials are taken against it beside the search for a larger one.
@@ -105,7 +105,7 @@ struct Sage2Config {
   static constexpr bool kHoldsSeen = kBoolMask && kHeadDim == 128;
   // Of a thread that multiplies; 24 + 2 * 240 is what three warpgroups of 168 have. Where fewer suffice, what the
   // compiler makes of them has been measured to be 2 % faster.
-  static constexpr int kRegisters = kHeadDim == 128 && kFast && !kSmooth && !kBand && !kBoolMask ? 216 : 240;
+  static constexpr int kRegisters = kHeadDim == 128 && (kBoolMask || (kFast && !kSmooth && !kBand)) ? 216 : 240;
   // The scores of the next item's first tile are issued before this item's output is stored.
   static constexpr bool kAhead = kQueryBuffers == 2;
   // Tiles before an item's end where the next one is claimed.
