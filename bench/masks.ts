@@ -63,16 +63,12 @@ function pairs(
   variant: Variant,
   { window, short, sequences }: Size,
   [long, batch, packed]: readonly Float[],
-  mask: Tensor<"bool">,
+  masks: readonly (readonly [what: string, mask: Tensor<"bool">])[],
   sinks: Tensor<"f32">,
 ): Pair[] {
   const all = (x: Float, options: AttentionOptions) => () => attention(x, x, x, options);
-  const masked = { ...variant, mask };
   // Other code may run where there are masks: what they cost is told by the same code without. Sinks cost nothing.
-  const open = alike(batch, masked, [
-    variant,
-    variant.kernel === "flash" ? { ...variant, sinks } : { ...variant, granularity: "token" },
-  ]);
+  const open = alike(batch, { ...variant, mask: masks[0][1] }, [variant, { ...variant, sinks }]);
   const cuSeqlensQ = Array.from({ length: sequences + 1 }, (_, i) => i * short);
   return [
     {
@@ -81,14 +77,12 @@ function pairs(
       plain: all(long, { ...variant, causal: true }),
       masked: all(long, { ...variant, causal: true, window: window - 1 }),
     },
-    ...open
-      ? [{
-        what: "mask that hides nothing",
-        against: "the same code without a mask",
-        plain: all(batch, open),
-        masked: all(batch, masked),
-      }]
-      : [],
+    ...masks.filter(() => open).map(([what, mask]) => ({
+      what,
+      against: "the same code without a mask",
+      plain: all(batch, open!),
+      masked: all(batch, { ...variant, mask }),
+    })),
     {
       what: `${sequences} sequences of ${short} tokens`,
       against: `a batch of ${sequences}`,
@@ -109,9 +103,20 @@ export async function maskRows(
   using one = random.make([1, heads, long, headDim], dtype);
   using batch = random.make([sequences, heads, short, headDim], dtype);
   using packed = random.make([1, heads, sequences * short, headDim], dtype);
-  using mask = device.tensor(new Uint8Array(short * short).fill(1), [1, 1, short, short], {
-    dtype: "bool",
-  });
+  const mask = (queries: number, shows: (at: number) => boolean) =>
+    device.tensor(
+      Uint8Array.from({ length: queries * short }, (_, at) => Number(shows(at))),
+      [1, 1, queries, short],
+      { dtype: "bool" },
+    );
+  using hidesNothing = mask(short, () => true);
+  using hidesOne = mask(short, (at) => at !== (short / 4) * short + short / 2);
+  using padding = mask(1, (at) => at < 3 * short / 4);
+  const masks = [
+    ["mask that hides nothing", hidesNothing],
+    ["mask that hides one key", hidesOne],
+    ["padding, a quarter of the keys", padding],
+  ] as const;
   using sinks = device.tensor(new Float32Array(heads), [1, heads, 1, 1]);
   const rows: MaskRow[] = [];
   for (const variant of variantsOf({ causal: false })) {
@@ -121,7 +126,7 @@ export async function maskRows(
           variant,
           size,
           [one, batch, packed],
-          mask,
+          masks,
           sinks,
         )
       ) {
