@@ -13,7 +13,7 @@ void launch_sage1_for<64>(const F16Params& params, const Operands& operands, F16
     return launch_f16<F16Config<64, kS8, F16Mask::kMask, 128, 2, 4, 2, true>>(params, operands, stream);
   }
   if (mask == F16Mask::kCausal)
-    return launch_f16<F16Config<64, kS8, F16Mask::kCausal, 128, 3, 4, 1, false>>(params, operands, stream);
+    return launch_f16<F16Config<64, kS8, F16Mask::kCausal, 128, 3, 4, 1, true>>(params, operands, stream);
   launch_f16<F16Config<64, kS8, F16Mask::kNone, 128, 3, 4, 1, false>>(params, operands, stream);
 }
 

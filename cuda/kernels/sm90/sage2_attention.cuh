@@ -92,13 +92,13 @@ struct Sage2Config {
   // How often O is tested for drift.
   static constexpr int kTestTiles = 1024 / kBlockN;
   // Warpgroups take turns at issuing products.
-  static constexpr bool kTurns = kHeadDim >= 128 || (kFast && kBoolMask);
+  static constexpr bool kTurns = kHeadDim >= 128 || kBoolMask;
   // Exponentials are taken against the kept maximum at once, and again in the rare case that it was too small.
   static constexpr bool kOptimistic = kFast && kHeadDim < 256;
   // So many words of exact exponentials are taken against it beside the search for a larger one.
   static constexpr int kTriedWords = kHeadDim == 256 && !kHalfSums ? 0 : 4;
   // Exponentials of a word wait for one so many words before.
-  static constexpr int kLag = kHeadDim == 64 && !kFast && !kHalfSums && !kSmooth ? 8 : 2;
+  static constexpr int kLag = kHeadDim == 64 && !kFast && !kHalfSums && !kSmooth && !kBoolMask ? 8 : 2;
   // Misfits (see below) share what they can with others.
   static constexpr bool kFewRegisters = kBlockN == 256;
   // There are registers for what a mask says of a tile while its scores are on their way.
