@@ -1,8 +1,15 @@
 // Few queries, as in decoding: CUDA splits the keys over blocks, and what they find must add up.
 import { assert, assertEquals, assertStringIncludes } from "@std/assert";
-import { attention, explain } from "../mod.ts";
-import { run, within, worstDifference } from "./attention.ts";
-import { deviceTest, type Lengths, randomProblem, uploadProblem } from "./devices.ts";
+import { attention, type Device, explain, type Tensor } from "../mod.ts";
+import { bits, run, within, worstDifference } from "./attention.ts";
+import {
+  deviceTest,
+  download,
+  type Lengths,
+  randomProblem,
+  upload,
+  uploadProblem,
+} from "./devices.ts";
 import { referenceAttention } from "./reference.ts";
 
 const cases: (Lengths & { causal?: boolean })[] = [
@@ -15,6 +22,7 @@ const cases: (Lengths & { causal?: boolean })[] = [
   { heads: 3, queries: 17, keys: 900, channels: 256 },
   { heads: 16, kvHeads: 1, queries: 4, keys: 520, channels: 192, width: 128 },
   { queries: 1, keys: 5000, channels: 33, width: 7 },
+  { heads: 2, kvHeads: 1, queries: 1, keys: 20000, channels: 64 },
 ];
 
 for (const dtype of ["f16", "bf16"] as const) {
@@ -71,3 +79,78 @@ deviceTest("explain() says where keys are split", (device) => {
   using _out = attention(small, small, small);
   assertEquals(explain(small, small, small).workspaceBytes, 0);
 });
+
+// ---- calls that follow each other ----------------------------------------------------------------------
+
+/** What calls leave when they are enqueued all at once, and when each waits for the one before; twice each. */
+async function expectSameApart(
+  device: Device,
+  calls: readonly (() => void)[],
+  results: () => Tensor[],
+): Promise<void> {
+  const runs: Uint32Array[][] = [];
+  for (const apart of [true, false, false, true]) {
+    for (const call of calls) {
+      call();
+      if (apart) await device.synchronize();
+    }
+    runs.push(await Promise.all(results().map(async (tensor) => bits(await download(tensor)))));
+  }
+  for (const run of runs.slice(1)) {
+    for (const [i, words] of run.entries()) assertEquals(words, runs[0][i], `result ${i}`);
+  }
+}
+
+for (const [keys, channels] of [[100, 64], [4096, 128], [3000, 256]]) {
+  deviceTest(
+    `attention() of few queries reads what calls before it wrote: ${keys} keys, ${channels} channels`,
+    async (device) => {
+      const steps = device.kind === "cpu" ? 3 : 200;
+      const problem = randomProblem({ heads: 8, kvHeads: 2, queries: 1, keys, channels }, "f16", 7);
+      using tensors = uploadProblem(device, problem, "f16");
+      const { k, v } = tensors;
+      const outs = Array.from(
+        { length: 3 },
+        () => upload(device, problem.q, problem.qDims, "f16"),
+      );
+      // What a call reads the one before wrote, over what the one three steps earlier read.
+      const calls = Array.from({ length: steps }, (_, i) => () => {
+        attention(i === 0 ? tensors.q : outs[(i - 1) % 3], k, v, {
+          kernel: "flash",
+          scale: 1,
+          out: outs[i % 3],
+        });
+      });
+      await expectSameApart(device, calls, () => outs);
+      for (const out of outs) out.dispose();
+    },
+  );
+}
+
+deviceTest(
+  "attention() of few queries reads keys that calls before it wrote, and they may be written again",
+  async (device) => {
+    const rounds = device.kind === "cpu" ? 2 : 40, size = device.kind === "cpu" ? 128 : 2048;
+    const dims = { heads: 2, queries: size, channels: 64 };
+    using one = uploadProblem(device, randomProblem(dims, "f16", 8), "f16");
+    using other = uploadProblem(device, randomProblem(dims, "f16", 9), "f16");
+    const few = randomProblem({ heads: 8, kvHeads: 2, queries: 1, channels: 64 }, "f16", 10);
+    using q = upload(device, few.q, few.qDims, "f16");
+    using keys = device.empty([1, 2, size, 64], { dtype: "f16" });
+    const outs = Array.from(
+      { length: rounds },
+      () => device.empty([1, 8, 1, 64], { dtype: "f16" }),
+    );
+    for (const kernel of ["flash", "sage2"] as const) {
+      const calls = outs.flatMap((out, i) => {
+        const from = i % 2 ? one : other;
+        return [
+          () => void attention(from.q, from.k, from.v, { kernel, scale: 1, out: keys }),
+          () => void attention(q, keys, keys, { kernel: "flash", scale: 4, out }),
+        ];
+      });
+      await expectSameApart(device, calls, () => outs);
+    }
+    for (const out of outs) out.dispose();
+  },
+);
