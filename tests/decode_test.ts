@@ -1,8 +1,9 @@
 // Few queries, as in decoding: CUDA splits the keys over blocks, and what they find must add up.
 import { assert, assertEquals, assertStringIncludes } from "@std/assert";
-import { attention, type Device, explain, type Tensor } from "../mod.ts";
+import { attention, attentionVarlen, Device, explain, type Layout, type Tensor } from "../mod.ts";
 import { bits, run, within, worstDifference } from "./attention.ts";
 import {
+  deviceNames,
   deviceTest,
   download,
   type Lengths,
@@ -23,23 +24,42 @@ const cases: (Lengths & { causal?: boolean })[] = [
   { heads: 16, kvHeads: 1, queries: 4, keys: 520, channels: 192, width: 128 },
   { queries: 1, keys: 5000, channels: 33, width: 7 },
   { heads: 2, kvHeads: 1, queries: 1, keys: 20000, channels: 64 },
+  { heads: 32, kvHeads: 2, queries: 3, keys: 4000, channels: 128 },
 ];
 
-for (const dtype of ["f16", "bf16"] as const) {
-  deviceTest(`attention() of few queries is exact: ${dtype}`, async (device) => {
-    for (const { causal = false, ...lengths } of cases) {
-      for (const layout of ["HND", "NHD"] as const) {
-        const problem = randomProblem(lengths, dtype, 5);
-        using tensors = uploadProblem(device, problem, dtype, layout);
-        const label = `${JSON.stringify(lengths)} ${causal ? "causal" : "full"} ${layout}`;
-        const reference = referenceAttention(problem, { causal });
-        const { out, lse } = await run(tensors, { kernel: "flash", causal, outDtype: "f32" });
-        within(worstDifference(out, reference.out), dtype === "f16" ? 2e-3 : 1.2e-2, label);
-        within(worstDifference(lse, reference.lse), 1e-4, `lse of ${label}`);
-      }
+async function expectExact(
+  device: Device,
+  dtype: "f16" | "bf16",
+  layouts: readonly Layout[],
+): Promise<void> {
+  for (const { causal = false, ...lengths } of cases) {
+    const problem = randomProblem(lengths, dtype, 5);
+    const reference = referenceAttention(problem, { causal });
+    for (const layout of layouts) {
+      using tensors = uploadProblem(device, problem, dtype, layout);
+      const label = `${JSON.stringify(lengths)} ${causal ? "causal" : "full"} ${layout}`;
+      const { out, lse } = await run(tensors, { kernel: "flash", causal, outDtype: "f32" });
+      within(worstDifference(out, reference.out), dtype === "f16" ? 2e-3 : 1.2e-2, label);
+      within(worstDifference(lse, reference.lse), 1e-4, `lse of ${label}`);
     }
-  });
+  }
 }
+
+for (const dtype of ["f16", "bf16"] as const) {
+  deviceTest(
+    `attention() of few queries is exact: ${dtype}`,
+    (device) => expectExact(device, dtype, ["HND", "NHD"]),
+  );
+}
+
+Deno.test({
+  name: "attention() of few queries is exact by the kernels of older GPUs on cuda:0",
+  ignore: !deviceNames.includes("cuda:0"),
+  fn: async () => {
+    using device = Device.open("cuda:0", { architecture: 80 });
+    await expectExact(device, "f16", ["HND"]);
+  },
+});
 
 deviceTest(
   "attention() of few queries puts values that are not finite where they belong",
@@ -152,5 +172,42 @@ deviceTest(
       await expectSameApart(device, calls, () => outs);
     }
     for (const out of outs) out.dispose();
+  },
+);
+
+deviceTest(
+  "attentionVarlen() of few queries is what attention() does, side by side",
+  async (device) => {
+    const lengths = [700, 3000, 520, 1, 2048, 999, 1500, 640, 4000, 800, 1024];
+    const starts = lengths.reduce((all, length) => [...all, all.at(-1)! + length], [0]);
+    const sequences = lengths.length;
+    const problem = randomProblem(
+      { heads: 8, kvHeads: 2, queries: sequences, keys: starts.at(-1)!, channels: 64 },
+      "f16",
+      11,
+    );
+    using tensors = uploadProblem(device, problem, "f16");
+    const { q, k, v } = tensors;
+    const options = { kernel: "flash" } as const;
+    const alone: Uint32Array[] = [];
+    for (const [i] of lengths.entries()) {
+      using row = q.view({ tokens: [i, i + 1] });
+      using keys = k.view({ tokens: [starts[i], starts[i + 1]] });
+      using values = v.view({ tokens: [starts[i], starts[i + 1]] });
+      using out = attention(row, keys, values, options);
+      alone.push(bits(await download(out)));
+    }
+    const cu = { cuSeqlensQ: lengths.map((_, i) => i).concat(sequences), cuSeqlensK: starts };
+    const outs = [0, 1, 2].map(() => attentionVarlen(q, k, v, { ...options, ...cu }));
+    for (const out of outs) {
+      const words = bits(await download(out));
+      for (const [i, expected] of alone.entries()) {
+        for (let head = 0; head < 8; ++head) {
+          const at = (head * sequences + i) * 64;
+          assertEquals(words.slice(at, at + 64), expected.slice(head * 64, head * 64 + 64), `${i}`);
+        }
+      }
+      out.dispose();
+    }
   },
 );
