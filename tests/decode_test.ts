@@ -94,6 +94,8 @@ deviceTest("explain() says where keys are split", (device) => {
   const plan = explain(q, k, k, { device });
   assertEquals(plan.kernel, "flash");
   assertStringIncludes(plan.implementation, "keys split");
+  const hopper = Math.floor(Number(device.info.computeCapability)) === 9;
+  assertEquals(plan.architecture, hopper ? "sm_90" : "sm_80");
   assert(plan.workspaceBytes > 0 && plan.workspaceBytes < 2 ** 22);
   using small = device.empty([1, 8, 1, 64], { dtype: "f16" });
   using _out = attention(small, small, small);

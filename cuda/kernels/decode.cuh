@@ -48,6 +48,7 @@ struct DecodeConfig {
   static constexpr bool kQueriesInRegisters = kHeadDim <= 128;
   static constexpr int kQueriesAt = kQueriesInRegisters ? (kStages - 1) * 2 * kTileBytes : kTilesBytes;
   static constexpr int kSharedBytes = kTilesBytes + (kQueriesInRegisters ? 0 : kDecodeRows * kRowBytes);
+  static constexpr int kAhead = 128;  // keys that are brought into the cache while the kernel before runs
   static constexpr float kHeadroom = 8.0f;
   // bf16 values go up to 3e38, and their sums must not overflow.
   static constexpr float kShift = kOperand == ptx::Operand::kBF16 ? 32.0f : 0.0f;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(C::kThreads) decode_kernel(const __grid_consta
   constexpr int kStep = C::kWarps * C::kKeys;
   if constexpr (C::kOverlaps) {
     ptx::let_next_kernel_start();
-    for (int64_t row = first_key + threadIdx.x; row < min(first_key + kDecodeKeys, end); row += C::kThreads) {
+    for (int64_t row = first_key + threadIdx.x; row < min(first_key + C::kAhead, end); row += C::kThreads) {
       prefetch(k_plane + 2 * row * p.k_stride[2], p.head_dim / 8 * 16);
       prefetch(v_plane + 2 * row * p.v_stride[2], p.v_dim / 8 * 16);
     }
