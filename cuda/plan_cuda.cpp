@@ -110,8 +110,8 @@ void set_hopper_sage2(const AttentionShape& shape, Plan& plan) {
 // flash for few queries, whose time is that of reading K and V.
 void choose_decode_kernel(const AttentionShape& shape, const DeviceTraits& device, Plan& plan) {
   if (plan.kernel != Kernel::kFlash || !cuda::decodes(shape) || !has_plain_mask(shape)) return;
-  plan.architecture = 80;
-  plan.implementation = "sm_80 mma, keys split";
+  plan.architecture = is_hopper(device) ? 90 : 80;
+  plan.implementation = is_hopper(device) ? "sm_90a mma, keys split" : "sm_80 mma, keys split";
   plan.block_q = cuda::kDecodeRows;
   plan.block_k = cuda::kDecodeKeys;
   plan.key_splits = cuda::decode_splits(shape, device.multiprocessors);

@@ -32,11 +32,14 @@ inline int decode_splits(const AttentionShape& shape, int multiprocessors) {
   return static_cast<int>((tiles + tiles_each - 1) / tiles_each);
 }
 
+// Channels of a part: whole quads.
+inline int64_t decode_part_dim(int64_t v_dim) { return (v_dim + 3) / 4 * 4; }
+
 // f32 a split, row and channel, and the log-sum-exp of a split and row; none where keys are not split.
 inline size_t decode_workspace_bytes(const AttentionShape& shape, int splits) {
   if (splits == 1) return 0;
   const int64_t rows = shape.batch * shape.kv_heads * decode_row_blocks(shape) * kDecodeRows;
-  return static_cast<size_t>(rows * splits * (shape.v_dim + 1)) * sizeof(float);
+  return static_cast<size_t>(rows * splits * (decode_part_dim(shape.v_dim) + 1)) * sizeof(float);
 }
 
 }  // namespace sage::cuda

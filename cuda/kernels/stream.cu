@@ -3,6 +3,7 @@
 #include <array>
 
 #include "events.h"
+#include "sm90/decode.h"
 #include "sm90/flash.h"
 #include "tuning.h"
 #include "workspace.h"
@@ -424,7 +425,8 @@ class CudaStream final : public Stream {
   void run_flash(const AttentionOp& op, const AttentionShape& shape, const Lane& lane, Stages& stages) {
     if (op.plan.key_splits != 0) {
       stages.begin("attention");
-      return launch_decode(op, lane.at(0), lane.stream);
+      return op.plan.architecture == 90 ? sm90::launch_decode(op, lane.at(0), lane.stream)
+                                        : launch_decode(op, lane.at(0), lane.stream);
     }
     const FlashWorkspace layout(shape, op.plan);
     expect_planned(layout.carver.bytes(), op.plan);
