@@ -793,8 +793,17 @@ void launch(const Sage2Op& op, cudaStream_t stream) {
   launch_overlapped(band_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, params);
 }
 
-// One head dimension and type a source file, so that they compile side by side.
 template <int kHeadDim, ptx::Half kHalf>
-void launch_for(const Sage2Op& op, cudaStream_t stream);
+void launch_half(const Sage2Op& op, cudaStream_t stream) {
+  if (op.plan.fast_exponential) return launch<BandConfig<kHeadDim, true, kHalf>>(op, stream);
+  launch<BandConfig<kHeadDim, false, kHalf>>(op, stream);
+}
+
+// One head dimension a source file, so that they compile side by side.
+template <int kHeadDim>
+void launch_for(const Sage2Op& op, cudaStream_t stream) {
+  if (op.q.dtype == DType::kF16) return launch_half<kHeadDim, ptx::Half::kF16>(op, stream);
+  launch_half<kHeadDim, ptx::Half::kBF16>(op, stream);
+}
 
 }  // namespace sage::cuda::sm90::band
