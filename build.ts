@@ -48,7 +48,7 @@ const contractingSources = /\/(flash\w*|\w*attention\w*|row_products)\.cu$/;
  * not listed is taken once more; one that should not be would lose what 8.9 can do.
  */
 const oldestFeatures =
-  /\/(attention|attention_(masked_|bytes_)?d\d+|columns|decode|masks|mean|row_products|stream)\.cu$/;
+  /\/(attention|attention_bytes|attention_(masked_)?d\d+|columns|decode|masks|mean|row_products|stream)\.cu$/;
 
 /** Sources in this folder hold instructions that only sm_90a has. */
 const hopperFolder = "cuda/kernels/sm90/";

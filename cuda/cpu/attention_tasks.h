@@ -16,6 +16,7 @@ struct Flash {
   static constexpr bool kFastExponential = false;  // else: e4m3 probabilities straight from the scores
   static constexpr float kUnit = 1.0f;             // of probabilities as the operand of P.V
   static constexpr bool kTilePeaks = false;        // else: probabilities in u8, relative to the largest of their tile
+  static constexpr bool kIsExact = false;
 };
 
 struct Sage1 : Flash {
@@ -47,6 +48,11 @@ struct Sage2Fast : Sage2 {
 
 struct Sage2PP : Sage2 {
   static constexpr int kF16Sums = 32;
+};
+
+// Tiles of the band, whatever the others are.
+struct ExactTile : Flash {
+  static constexpr bool kIsExact = true;
 };
 
 // ---- the register tile ------------------------------------------------------------------------------------
@@ -100,36 +106,31 @@ SAGE_INLINE void multiply(const typename Product::Scalar* a, int64_t a_stride, c
 
 // ---- one tile of queries ----------------------------------------------------------------------------------
 
-template <class Recipe>
+// What all kernels share is compiled once.
 class QueryTile {
- public:
-  QueryTile(const Attention& a, int64_t task, int worker);
-  void run();
+ protected:
+  QueryTile(const Attention& a, int64_t task, int worker, bool integer_scores, float log2_range);
 
- private:
-  using Scores = std::conditional_t<Recipe::kIntegerScores, QueriesAndKeys, Numbers>;
-  using Sums = std::conditional_t<Recipe::kIntegerValues, ProbabilitiesAndValues, Numbers>;
-  using Operand = typename Scores::Scalar;
-  using ValueOperand = typename Sums::Scalar;
+  template <bool kIntegerScores>
+  using Scores = std::conditional_t<kIntegerScores, QueriesAndKeys, Numbers>;
 
+  template <bool kIntegerScores>
   void load_queries();
   void load_query_means();
   float missing_from_scores(int row) const;
   void correct(int64_t tile);
-  template <int kRows>
-  void attend(int64_t tile, int row);
-  template <int kRows>
+  template <bool kIntegerScores, int kRows>
   void score(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]);
   void score_bad_keys(int64_t tile, int row, int rows, float (*scores)[kKeyTile]);
   void change_scores(int64_t tile, int row, int rows, float (*scores)[kKeyTile]);
   template <int kRows>
   void score_exactly(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]);
-  template <int kRows, bool kExact>
-  void soften(int64_t tile, int row, float (*scores)[kKeyTile], float* decay, float* gain);
-  template <class Product, int kF16Sums, int kStep, int kRows>
+  template <class Recipe, int kRows>
+  void soften(int64_t tile, int row, float (*scores)[kKeyTile], float* decay, float* gain, float unit);
+  template <class Product, int kF16Sums, bool kGains, int kStep, int kRows>
   void add_values(int row, const float (*scores)[kKeyTile], const void* values, int depth, const float* decay,
                   const float* gain);
-  template <class Product, int kF16Sums, int kRows, int kVectors>
+  template <class Product, int kF16Sums, bool kGains, int kRows, int kVectors>
   void accumulate(const typename Product::Scalar* probabilities, const typename Product::Scalar* values, int depth,
                   const float* decay, const float* gain, float* out);
   void load_exact_query(int row, float* to) const;
@@ -137,7 +138,7 @@ class QueryTile {
   void score_first_key(int row, int rows, float (*scores)[kKeyTile]) const;
   void set_first_key_apart(int row, int rows, float (*scores)[kKeyTile]);
   bool sees_any(int row) const;
-  void finish(int row);
+  void finish(int row, float unit);
 
   // The keys [first, last) of a tile that a row reaches.
   int first(int row, int64_t tile) const { return within_tile(reach_[row].first, tile); }
@@ -157,7 +158,7 @@ class QueryTile {
   bool any_bad_values_;     // in the tiles of values of this head
   int64_t first_mean_ = 0;  // of the rows of q_mean that this tile needs
   // In the scratch of the worker:
-  Operand* queries_;                // [rows, depth]
+  float* queries_;                  // [rows, depth]: numbers, or words of codes
   float* out_;                      // [rows, v_stride]: sums of values
   float* sums_;                     // [rows, kLanes]: of probabilities
   float* means_;                    // [rows, channels]
@@ -174,14 +175,31 @@ class QueryTile {
   alignas(64) float first_key_[kRowFloats], first_value_[kRowFloats];  // less the mean; finite values
 };
 
+// What a kernel has of its own.
+template <class Recipe>
+class RecipeTile : QueryTile {
+ public:
+  RecipeTile(const Attention& a, int64_t task, int worker)
+      : QueryTile(a, task, worker, Recipe::kIntegerScores,
+                  Recipe::kProbabilities == Rounding::kE4M3 ? log2f(a.p_range)
+                  : Recipe::kTilePeaks                      ? log2f(kUint8Range)
+                                                            : 0.0f) {}
+  void run();
+
+ private:
+  using Sums = std::conditional_t<Recipe::kIntegerValues, ProbabilitiesAndValues, Numbers>;
+
+  template <int kRows>
+  void attend(int64_t tile, int row);
+};
+
 size_t scratch_bytes(const Attention& a) {
   const int64_t queries = a.q.channels() * (a.keeps_queries() ? 2 : 1);
   const int64_t floats = queries + a.padded_v_dim() + kLanes + a.q.channels() + kKeyTile;
   return size_t(round_up(kQueryTile * floats * 4, 64));
 }
 
-template <class Recipe>
-QueryTile<Recipe>::QueryTile(const Attention& a, int64_t task, int worker)
+inline QueryTile::QueryTile(const Attention& a, int64_t task, int worker, bool integer_scores, float log2_range)
     : a_(a),
       b_(task / a.query_tiles() / a.q.heads()),
       h_(task / a.query_tiles() % a.q.heads()),
@@ -191,16 +209,17 @@ QueryTile<Recipe>::QueryTile(const Attention& a, int64_t task, int worker)
       rows_(int(smaller(kQueryTile, a.q.tokens() - begin_))),
       channels_(int(a.q.channels())),
       code_channels_(a.rotated ? rotated_channels(channels_) : channels_),
-      depth_(Recipe::kIntegerScores ? words_of(code_channels_) : channels_),
+      depth_(integer_scores ? words_of(code_channels_) : channels_),
       v_channels_(int(a.v.channels())),
       v_stride_(int(a.padded_v_dim())),
-      factor_(a.scale * kLog2e) {
+      factor_(a.scale * kLog2e),
+      log2_range_(log2_range) {
   float* scratch = reinterpret_cast<float*>(a.scratch + worker * a.scratch_bytes);
   out_ = scratch;
   sums_ = out_ + kQueryTile * v_stride_;
   corrections_ = sums_ + kQueryTile * kLanes;
   means_ = corrections_ + kQueryTile * kKeyTile;
-  queries_ = reinterpret_cast<Operand*>(means_ + kQueryTile * channels_);
+  queries_ = means_ + kQueryTile * channels_;
   exact_queries_ = means_ + 2 * kQueryTile * channels_;
 
   if (a.k_mean) load_row(a.k_mean, b_, kv_h_, 0, 0, channels_, k_mean_);
@@ -223,21 +242,18 @@ QueryTile<Recipe>::QueryTile(const Attention& a, int64_t task, int worker)
     reach_[row] = reach_of(a, begin_ + row);
   }
   if (a.masking.alibi) slope_ = *at<float>(a.masking.alibi, b_, h_, 0);
-  log2_range_ = Recipe::kProbabilities == Rounding::kE4M3 ? log2f(a.p_range)
-                : Recipe::kTilePeaks                      ? log2f(kUint8Range)
-                                                          : 0.0f;
   any_bad_values_ = false;
   for (int64_t tile = first_tile(); tile < end_tile(); ++tile) {
     any_bad_values_ |= a.bad_values[kv_head_ * a.tiles() + tile] != 0;
-    if (!Recipe::kIntegerScores) {  // values near the end of f32: sums of them must not overflow
+    if (!integer_scores) {  // values near the end of f32: sums of them must not overflow
       if (a.value_peaks[kv_head_ * a.tiles() + tile] >= 0x1p64f) log2_range_ = -40.0f;
     }
   }
 }
 
 template <class Recipe>
-void QueryTile<Recipe>::run() {
-  load_queries();
+void RecipeTile<Recipe>::run() {
+  load_queries<Recipe::kIntegerScores>();
   if (a_.q_mean) load_query_means();
   for (int64_t tile = first_tile(); tile < end_tile(); ++tile) {
     if (a_.q_mean) correct(tile);
@@ -247,14 +263,14 @@ void QueryTile<Recipe>::run() {
     for (; row + kTileRows <= rows_; row += kTileRows) attend<kTileRows>(tile, row);
     for (; row < rows_; ++row) attend<1>(tile, row);
   }
-  for (int row = 0; row < rows_; ++row) finish(row);
+  for (int row = 0; row < rows_; ++row) finish(row, Recipe::kUnit);
 }
 
-template <class Recipe>
-void QueryTile<Recipe>::load_queries() {
+template <bool kIntegerScores>
+void QueryTile::load_queries() {
   for (int row = 0; row < rows_; ++row) {
     const int64_t n = begin_ + row;
-    if constexpr (Recipe::kIntegerScores) {
+    if constexpr (kIntegerScores) {
       Code* codes = reinterpret_cast<Code*>(queries_ + row * depth_);
       const bool good = load_words(a_.q_codes, b_, h_, n, code_channels_, 0, codes);
       const float scale = *at<float>(a_.q_scales, b_, h_, group_of(a_.q_grouping, n, a_.q_group_rows));
@@ -285,8 +301,7 @@ void QueryTile<Recipe>::load_queries() {
 }
 
 // The product of the query and the mean of the keys.
-template <class Recipe>
-float QueryTile<Recipe>::missing_from_scores(int row) const {
+inline float QueryTile::missing_from_scores(int row) const {
   alignas(64) float query[kRowFloats];
   load_exact_query(row, query);
   Floats products = {};
@@ -296,8 +311,7 @@ float QueryTile<Recipe>::missing_from_scores(int row) const {
   return a_.scale * total(products);
 }
 
-template <class Recipe>
-void QueryTile<Recipe>::load_query_means() {
+inline void QueryTile::load_query_means() {
   first_mean_ = mean_row(a_.q_mean, begin_, a_.q_mean_rows);
   const int64_t last = mean_row(a_.q_mean, begin_ + rows_ - 1, a_.q_mean_rows);
   alignas(64) float values[kRowFloats];
@@ -308,8 +322,7 @@ void QueryTile<Recipe>::load_query_means() {
 }
 
 // What the scores of smoothed queries lack.
-template <class Recipe>
-void QueryTile<Recipe>::correct(int64_t tile) {
+inline void QueryTile::correct(int64_t tile) {
   const float* keys = a_.exact_keys + (kv_head_ * a_.tiles() + tile) * channels_ * kKeyTile;
   const int rows = int(mean_row(a_.q_mean, begin_ + rows_ - 1, a_.q_mean_rows) - first_mean_) + 1;
   for (int row = 0; row < rows; ++row) {
@@ -322,8 +335,7 @@ void QueryTile<Recipe>::correct(int64_t tile) {
 }
 
 // What the mean of a tile's keys adds to its scores.
-template <class Recipe>
-void QueryTile<Recipe>::load_tile_shifts(int64_t tile) {
+inline void QueryTile::load_tile_shifts(int64_t tile) {
   alignas(64) float mean[kRowFloats];
   load_row(a_.k_mean, b_, kv_h_, mean_row(a_.k_mean, tile * kKeyTile, a_.k_mean_rows), 0, channels_, mean);
   for (int row = 0; row < rows_; ++row) {
@@ -336,7 +348,7 @@ void QueryTile<Recipe>::load_tile_shifts(int64_t tile) {
 // kRows rows and one tile of keys.
 template <class Recipe>
 template <int kRows>
-void QueryTile<Recipe>::attend(int64_t tile, int row) {
+void RecipeTile<Recipe>::attend(int64_t tile, int row) {
   const int from = first(row, tile), keys = last(row + kRows - 1, tile);
   if (from >= keys) return;
   uint8_t cover = kOpen;
@@ -356,7 +368,7 @@ void QueryTile<Recipe>::attend(int64_t tile, int row) {
     if (Recipe::kIntegerScores && exact) {
       score_exactly<kStep>(tile, row + r, from, keys, scores + r);
     } else {
-      score<kStep>(tile, row + r, from, keys, scores + r);
+      score<Recipe::kIntegerScores, kStep>(tile, row + r, from, keys, scores + r);
     }
   }
   const uint64_t bad = Recipe::kIntegerScores ? a_.bad_keys[index] : 0;
@@ -372,22 +384,21 @@ void QueryTile<Recipe>::attend(int64_t tile, int row) {
   }
   if (first_apart) set_first_key_apart(row, kRows, scores);
   if (Recipe::kIntegerScores && exact) {
-    soften<kRows, true>(tile, row, scores, decay, gain);
+    soften<ExactTile, kRows>(tile, row, scores, decay, gain, Recipe::kUnit);
     const float* values = a_.exact_values + index * kKeyTile * v_stride_;
-    add_values<Numbers, 0, kStep, kRows>(row, scores, values, keys, decay, gain);
+    add_values<Numbers, 0, Recipe::kTilePeaks, kStep, kRows>(row, scores, values, keys, decay, gain);
   } else {
-    soften<kRows, false>(tile, row, scores, decay, gain);
+    soften<Recipe, kRows>(tile, row, scores, decay, gain, Recipe::kUnit);
     const char* values = a_.value_tiles + index * a_.value_tile_bytes;
     const int depth = Recipe::kIntegerValues ? words_of(keys) : keys;
-    add_values<Sums, Recipe::kF16Sums, kStep, kRows>(row, scores, values, depth, decay, gain);
+    add_values<Sums, Recipe::kF16Sums, Recipe::kTilePeaks, kStep, kRows>(row, scores, values, depth, decay, gain);
   }
 }
 
 // out = out * decay + P.V * gain for kRows rows, kStep at a time.
-template <class Recipe>
-template <class Product, int kF16Sums, int kStep, int kRows>
-void QueryTile<Recipe>::add_values(int row, const float (*scores)[kKeyTile], const void* values, int depth,
-                                   const float* decay, const float* gain) {
+template <class Product, int kF16Sums, bool kGains, int kStep, int kRows>
+void QueryTile::add_values(int row, const float (*scores)[kKeyTile], const void* values, int depth, const float* decay,
+                           const float* gain) {
   typedef typename Product::Scalar Scalar;
   const Scalar* probabilities = reinterpret_cast<const Scalar*>(scores);
   const Scalar* columns = static_cast<const Scalar*>(values);
@@ -396,18 +407,18 @@ void QueryTile<Recipe>::add_values(int row, const float (*scores)[kKeyTile], con
     float* out = out_ + (row + r) * v_stride_;
     int column = 0;
     for (; column + kTileVectors * kLanes <= v_stride_; column += kTileVectors * kLanes) {
-      accumulate<Product, kF16Sums, kStep, kTileVectors>(p, columns + column, depth, decay + r, gain + r, out + column);
+      accumulate<Product, kF16Sums, kGains, kStep, kTileVectors>(p, columns + column, depth, decay + r, gain + r,
+                                                                 out + column);
     }
     for (; column < v_stride_; column += kLanes) {
-      accumulate<Product, kF16Sums, kStep, 1>(p, columns + column, depth, decay + r, gain + r, out + column);
+      accumulate<Product, kF16Sums, kGains, kStep, 1>(p, columns + column, depth, decay + r, gain + r, out + column);
     }
   }
 }
 
 // Scores from the numbers themselves.
-template <class Recipe>
 template <int kRows>
-void QueryTile<Recipe>::score_exactly(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]) {
+void QueryTile::score_exactly(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]) {
   const float* packed = a_.exact_keys + (kv_head_ * a_.tiles() + tile) * channels_ * kKeyTile;
   constexpr int kColumns = kTileVectors * kLanes;
   for (int column = from / kColumns * kColumns; column < keys; column += kColumns) {
@@ -419,24 +430,26 @@ void QueryTile<Recipe>::score_exactly(int64_t tile, int row, int from, int keys,
   }
 }
 
-template <class Recipe>
-template <int kRows>
-void QueryTile<Recipe>::score(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]) {
+template <bool kIntegerScores, int kRows>
+void QueryTile::score(int64_t tile, int row, int from, int keys, float (*scores)[kKeyTile]) {
   const int64_t index = kv_head_ * a_.tiles() + tile;
+  using Product = Scores<kIntegerScores>;
+  using Operand = typename Product::Scalar;
   const Operand* packed = reinterpret_cast<const Operand*>(a_.key_tiles + index * a_.key_tile_bytes);
+  const Operand* queries = reinterpret_cast<const Operand*>(queries_) + row * depth_;
   constexpr int kColumns = kTileVectors * kLanes;
   for (int column = from / kColumns * kColumns; column < keys; column += kColumns) {
-    typename Scores::Vector sums[kRows][kTileVectors] = {};
-    if constexpr (Recipe::kIntegerScores && kCodeOffset != 0) {
+    typename Product::Vector sums[kRows][kTileVectors] = {};
+    if constexpr (kIntegerScores && kCodeOffset != 0) {
       for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kTileVectors; ++v) sums[r][v] = broadcast(row_offset_[row + r]);
       }
     }
-    multiply<Scores, 0>(queries_ + row * depth_, depth_, packed + column, kKeyTile, depth_, sums);
+    multiply<Product, 0>(queries, depth_, packed + column, kKeyTile, depth_, sums);
     for (int v = 0; v < kTileVectors; ++v) {
       const int key = column + v * kLanes;
       for (int r = 0; r < kRows; ++r) {
-        if constexpr (Recipe::kIntegerScores) {
+        if constexpr (kIntegerScores) {
           const Floats scale = load<Floats>(a_.key_scales + index * kKeyTile + key);
           const Floats products = __builtin_convertvector(sums[r][v], Floats) * scale;
           Floats correction = broadcast(tile_shift_[row + r]);
@@ -454,8 +467,7 @@ void QueryTile<Recipe>::score(int64_t tile, int row, int from, int keys, float (
 }
 
 // The score of the first key, from the numbers themselves.
-template <class Recipe>
-void QueryTile<Recipe>::score_first_key(int row, int rows, float (*scores)[kKeyTile]) const {
+inline void QueryTile::score_first_key(int row, int rows, float (*scores)[kKeyTile]) const {
   for (int r = 0; r < rows; ++r) {
     const float* query = exact_queries_ + (row + r) * channels_;
     float sum = 0.0f;
@@ -465,8 +477,7 @@ void QueryTile<Recipe>::score_first_key(int row, int rows, float (*scores)[kKeyT
 }
 
 // Takes the first key from the others: it is added to what they give at the end.
-template <class Recipe>
-void QueryTile<Recipe>::set_first_key_apart(int row, int rows, float (*scores)[kKeyTile]) {
+inline void QueryTile::set_first_key_apart(int row, int rows, float (*scores)[kKeyTile]) {
   for (int r = 0; r < rows; ++r) {
     if (first(row + r, 0) == 0 && last(row + r, 0) > 0) first_score_[row + r] = scores[r][0];
     scores[r][0] = -kInfinity;
@@ -474,8 +485,7 @@ void QueryTile<Recipe>::set_first_key_apart(int row, int rows, float (*scores)[k
 }
 
 // Keys whose codes hold no number: infinite or NaN scores, from the products of what is not finite.
-template <class Recipe>
-void QueryTile<Recipe>::score_bad_keys(int64_t tile, int row, int rows, float (*scores)[kKeyTile]) {
+inline void QueryTile::score_bad_keys(int64_t tile, int row, int rows, float (*scores)[kKeyTile]) {
   const uint64_t bad = a_.bad_keys[kv_head_ * a_.tiles() + tile];
   alignas(64) float query[kRowFloats];
   for (int r = 0; r < rows; ++r) {
@@ -492,8 +502,7 @@ void QueryTile<Recipe>::score_bad_keys(int64_t tile, int row, int rows, float (*
   }
 }
 
-template <class Recipe>
-void QueryTile<Recipe>::change_scores(int64_t tile, int row, int rows, float (*scores)[kKeyTile]) {
+inline void QueryTile::change_scores(int64_t tile, int row, int rows, float (*scores)[kKeyTile]) {
   const Masking& masking = a_.masking;
   for (int r = 0; r < rows; ++r) {
     if (masking.softcap != 0.0f) cap_scores(masking.softcap, shift_[row + r], scores[r]);
@@ -503,12 +512,13 @@ void QueryTile<Recipe>::change_scores(int64_t tile, int row, int rows, float (*s
 }
 
 // Scores to probabilities, relative to the largest so far; decay is what that makes of the sums before. With tile
-// peaks, relative to the largest of this tile, and gain is what the largest so far makes of its sums.
-template <class Recipe>
-template <int kRows, bool kExact>
-void QueryTile<Recipe>::soften(int64_t tile, int row, float (*scores)[kKeyTile], float* decay, float* gain) {
+// peaks, relative to the largest of this tile, and gain is what the largest so far makes of its sums. `unit`: of exact
+// ones.
+template <class Recipe, int kRows>
+void QueryTile::soften(int64_t tile, int row, float (*scores)[kKeyTile], float* decay, float* gain,
+                       [[maybe_unused]] float unit) {
   constexpr int kVectors = kKeyTile / kLanes;
-  constexpr bool kTilePeaks = Recipe::kTilePeaks && !kExact;
+  constexpr bool kTilePeaks = Recipe::kTilePeaks;
   const Ints lanes = lane_numbers();
   float base[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -531,7 +541,7 @@ void QueryTile<Recipe>::soften(int64_t tile, int row, float (*scores)[kKeyTile],
     top_[row + r] = new_top;
   }
   for (int r = 0; r < kRows; r += kLanes) store(decay + r, exp2(load<Floats>(decay + r)));
-  if (Recipe::kTilePeaks) {
+  if (kTilePeaks || Recipe::kIsExact) {
     for (int r = 0; r < kRows; r += kLanes) store(gain + r, exp2(load<Floats>(gain + r)));
   }
 
@@ -539,14 +549,14 @@ void QueryTile<Recipe>::soften(int64_t tile, int row, float (*scores)[kKeyTile],
     Floats sum = load<Floats>(sums_ + (row + r) * kLanes) * decay[r];
     for (int v = 0; v < kVectors; ++v) {
       const Floats x = load<Floats>(scores[r] + v * kLanes) - base[r];
-      const Floats p = Recipe::kFastExponential && !kExact ? fast_exp2(x) : exp2(x);
+      const Floats p = Recipe::kFastExponential ? fast_exp2(x) : exp2(x);
       if constexpr (kTilePeaks) {  // the sum is that of the codes, and NaN stays
         sum += ((p + 0x1.8p23f) - 0x1.8p23f) * gain[r];
       } else {
         sum += p;
       }
-      if constexpr (kExact) {
-        store(scores[r] + v * kLanes, p * Recipe::kUnit);
+      if constexpr (Recipe::kIsExact) {
+        store(scores[r] + v * kLanes, p * unit);
       } else if constexpr (Recipe::kIntegerValues) {
         const Ints code = (Ints)(p * Recipe::kUnit + 0x1.8p23f) & 0xff;
         typedef Code Codes __attribute__((vector_size(sizeof(Code) * kLanes)));
@@ -563,11 +573,9 @@ void QueryTile<Recipe>::soften(int64_t tile, int row, float (*scores)[kKeyTile],
   }
 }
 
-template <class Recipe>
-template <class Product, int kF16Sums, int kRows, int kVectors>
-void QueryTile<Recipe>::accumulate(const typename Product::Scalar* probabilities,
-                                   const typename Product::Scalar* values, int depth, const float* decay,
-                                   const float* gain, float* out) {
+template <class Product, int kF16Sums, bool kGains, int kRows, int kVectors>
+void QueryTile::accumulate(const typename Product::Scalar* probabilities, const typename Product::Scalar* values,
+                           int depth, const float* decay, const float* gain, float* out) {
   typename Product::Vector sums[kRows][kVectors] = {};
   multiply<Product, kF16Sums>(probabilities, kKeyTile, values, v_stride_, depth, sums);
 #pragma GCC unroll 8
@@ -580,7 +588,7 @@ void QueryTile<Recipe>::accumulate(const typename Product::Scalar* probabilities
       } else {
         sum = sums[r][v];
       }
-      if constexpr (Recipe::kTilePeaks) sum *= gain[r];
+      if constexpr (kGains) sum *= gain[r];
       float* to = out + r * v_stride_ + v * kLanes;
       store(to, fma(load<Floats>(to), broadcast(decay[r]), sum));
     }
@@ -588,8 +596,7 @@ void QueryTile<Recipe>::accumulate(const typename Product::Scalar* probabilities
 }
 
 // The query before it was smoothed and quantized, or what its codes stand for.
-template <class Recipe>
-void QueryTile<Recipe>::load_exact_query(int row, float* to) const {
+inline void QueryTile::load_exact_query(int row, float* to) const {
   const int64_t n = begin_ + row;
   if (a_.q.data != a_.q_codes.data) return load_row(a_.q, b_, h_, n, 0, channels_, to);
   load_code_values(a_.q, b_, h_, n, 0, channels_, to);
@@ -600,8 +607,7 @@ void QueryTile<Recipe>::load_exact_query(int row, float* to) const {
 }
 
 // Whether any key that the row reaches is open.
-template <class Recipe>
-bool QueryTile<Recipe>::sees_any(int row) const {
+inline bool QueryTile::sees_any(int row) const {
   const View& mask = a_.masking.mask;
   const Reach& reach = reach_[row];
   if (!mask) return reach.first < reach.last;
@@ -615,8 +621,7 @@ bool QueryTile<Recipe>::sees_any(int row) const {
 }
 
 // Output and lse of one row.
-template <class Recipe>
-void QueryTile<Recipe>::finish(int row) {
+inline void QueryTile::finish(int row, float unit) {
   const int64_t n = begin_ + row;
   const View &mask = a_.masking.mask, &sinks = a_.masking.sinks;
   const float sink = sinks ? *at<float>(sinks, 0, h_, 0) : -kInfinity;
@@ -641,7 +646,7 @@ void QueryTile<Recipe>::finish(int row) {
     }
     // Errors of quantization must not take a mean of values past what they can be.
     const float largest = largest_finite(a_.v_mean ? DType::kF32 : a_.v.dtype);
-    const float inverse = keep / Recipe::kUnit / sum;
+    const float inverse = keep / unit / sum;
     for (int c = 0; c < v_channels_; c += kLanes) {
       const Floats mean_of_codes = load<Floats>(out_ + row * v_stride_ + c) * inverse;
       const Floats of_first = load<Floats>(first_value_ + c) * first_share;
@@ -667,7 +672,7 @@ void QueryTile<Recipe>::finish(int row) {
 
 template <class Recipe>
 void attend_with(const Attention& a, int64_t task, int worker) {
-  QueryTile<Recipe>(a, task, worker).run();
+  RecipeTile<Recipe>(a, task, worker).run();
 }
 
 void attend(const Attention& a, int64_t task, int worker) {

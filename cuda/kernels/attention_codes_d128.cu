@@ -4,5 +4,6 @@
 namespace sage::cuda {
 
 template void launch_codes_for<128, false>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
+template void launch_codes_for<128, true>(const AttentionParams&, bool, bool, bool, int64_t, cudaStream_t);
 
 }  // namespace sage::cuda

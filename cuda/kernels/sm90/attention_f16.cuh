@@ -17,11 +17,14 @@
 
 #include "../kernels.h"
 #include "../ptx/barrier.cuh"
+#include "../ptx/fragment.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/mma.cuh"
+#include "../ptx/reciprocal.cuh"
 #include "../ptx/tensor.cuh"
 #include "../ptx/wgmma.cuh"
 #include "flash.h"
+#include "slot.cuh"
 #include "tensor_map.h"
 #include "tile_mask.cuh"
 
@@ -223,18 +226,6 @@ struct Shared {
   static_assert(kTilesAt + 8 * C::kStages <= kFlagAt);
 };
 
-// A position in a ring of kCount buffers, and the parity that its barrier completes next.
-template <int kCount>
-struct Ring {
-  uint32_t at = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++at == kCount) {
-      at = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // ---- items ------------------------------------------------------------------------------------------------------
 
 // A block's items (a cluster's): one of every round of as many as there are blocks. As causal items get shorter, the
@@ -409,13 +400,6 @@ __device__ __forceinline__ void store_if(bool condition, char* to, DType dtype, 
       : "memory");
 }
 
-__device__ __forceinline__ void load_shared(uint32_t (&word)[4], uint32_t from) {
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-               : "r"(from)
-               : "memory");
-}
-
 // Clears what is not finite from the rows `first` to `end` of a tile of V. Called by kThreads threads of whole warps,
 // each of which looks at its part of the tile before it writes any.
 template <class C, int kThreads>
@@ -428,8 +412,8 @@ __device__ __forceinline__ bool clear_not_finite(uint32_t v_tile, int first, int
   for (int chunk = first * 8 + thread; chunk < end * 8; chunk += kThreads) {
 #pragma unroll
     for (int panel = 0; panel < C::kVPanels; panel++) {
-      uint32_t word[4];
-      load_shared(word, v_tile + panel * C::kBlockN * 128 + chunk * 16);
+      const uint4 four = ptx::load_shared_16(v_tile + panel * C::kBlockN * 128 + chunk * 16);
+      const uint32_t word[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int i = 0; i < 4; i++) found |= (word[i] & kExponent) + kUnit;
     }
@@ -440,8 +424,8 @@ __device__ __forceinline__ bool clear_not_finite(uint32_t v_tile, int first, int
 #pragma unroll 1
     for (int panel = 0; panel < C::kVPanels; panel++) {
       const uint32_t address = v_tile + panel * C::kBlockN * 128 + chunk * 16;
-      uint32_t word[4];
-      load_shared(word, address);
+      const uint4 four = ptx::load_shared_16(address);
+      uint32_t word[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int i = 0; i < 4; i++) word[i] &= ~((((word[i] & kExponent) + kUnit & kSigns) >> 15) * 0xffffu);
       ptx::store_shared_16(address, make_uint4(word[0], word[1], word[2], word[3]));
@@ -571,12 +555,6 @@ __device__ __forceinline__ uint32_t from_first_column(uint32_t keys) {
   return keys;
 }
 
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Maximum and sum of rows g and g + 8 of this lane's columns.
 struct RowState {
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
@@ -650,33 +628,33 @@ template <class C>
 __device__ __forceinline__ void load_queries_and_keys(const F16Params& p, const Shared<C>& shared) {
   ptx::prefetch_map(p.q);
   ptx::prefetch_map(p.k);
-  Ring<C::kStages> stage;
-  Ring<C::kQBuffers> buffer;
+  Slot<C::kStages> stage;
+  Slot<C::kQBuffers> buffer;
   const auto load_keys = [&](int tile, int kv_head, int batch, auto describe) {
-    ptx::barrier_wait(shared.k_empty(stage.at), stage.parity ^ 1);
-    describe(stage.at);
-    ptx::barrier_expect(shared.k_full(stage.at), C::kKBytes);
+    ptx::barrier_wait(shared.k_empty(stage.index), stage.parity ^ 1);
+    describe(stage.index);
+    ptx::barrier_expect(shared.k_full(stage.index), C::kKBytes);
 #pragma unroll
     for (int panel = 0; panel < C::kPanels; panel++) {
-      load_shared_box<C>(shared.k(stage.at) + panel * C::kBlockN * C::kWidth, C::kWidth, p.k,
-                         panel * C::kWidth / C::kElement, tile, kv_head, batch, shared.k_full(stage.at));
+      load_shared_box<C>(shared.k(stage.index) + panel * C::kBlockN * C::kWidth, C::kWidth, p.k,
+                         panel * C::kWidth / C::kElement, tile, kv_head, batch, shared.k_full(stage.index));
     }
-    stage.advance();
+    stage.next();
   };
   const auto load_queries = [&](const Item<C>& item, int batch) {
     const int head = item.head(p);
 #pragma unroll 1
     for (int group = 0; group < C::kConsumers; group++) {
-      const uint32_t full = shared.q_full(buffer.at, group);
-      ptx::barrier_wait(shared.q_empty(buffer.at, group), buffer.parity ^ 1);
+      const uint32_t full = shared.q_full(buffer.index, group);
+      ptx::barrier_wait(shared.q_empty(buffer.index, group), buffer.parity ^ 1);
       ptx::barrier_expect(full, C::kQBytes);
 #pragma unroll
       for (int panel = 0; panel < C::kPanels; panel++) {
-        ptx::copy_box(shared.q(buffer.at, group) + panel * 64 * C::kWidth, p.q, panel * C::kWidth / C::kElement,
+        ptx::copy_box(shared.q(buffer.index, group) + panel * 64 * C::kWidth, p.q, panel * C::kWidth / C::kElement,
                       item.row0 + group * 64, head, batch, full);
       }
     }
-    buffer.advance();
+    buffer.next();
   };
   if constexpr (C::kMasks) {
     Walk<C> walk(p);
@@ -719,19 +697,19 @@ __device__ __forceinline__ void load_queries_and_keys(const F16Params& p, const 
 template <class C>
 __device__ __forceinline__ void load_values(const F16Params& p, const Shared<C>& shared) {
   ptx::prefetch_map(p.v);
-  Ring<C::kStages> stage;
+  Slot<C::kStages> stage;
   for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
     const Item<C> item(p, walk.index);
     const int batch = item.batch(p), kv_head = item.kv_head(p);
     const auto load = [&](int tile) {
-      ptx::barrier_wait(shared.v_empty(stage.at), stage.parity ^ 1);
-      ptx::barrier_expect(shared.v_full(stage.at), C::kVBytes);
+      ptx::barrier_wait(shared.v_empty(stage.index), stage.parity ^ 1);
+      ptx::barrier_expect(shared.v_full(stage.index), C::kVBytes);
 #pragma unroll
       for (int panel = 0; panel < C::kVPanels; panel++) {
-        load_shared_box<C>(shared.v(stage.at) + panel * C::kBlockN * 128, 128, p.v, panel * 64, tile, kv_head, batch,
-                           shared.v_full(stage.at));
+        load_shared_box<C>(shared.v(stage.index) + panel * C::kBlockN * 128, 128, p.v, panel * 64, tile, kv_head, batch,
+                           shared.v_full(stage.index));
       }
-      stage.advance();
+      stage.next();
     };
     if constexpr (C::kMasks) {
       for (Visit<C> visit(p, item); visit.more();) {
@@ -751,14 +729,14 @@ template <class C>
 __device__ __forceinline__ void clean_values(const F16Params& p, const Shared<C>& shared) {
   constexpr int kThreads = 32 * kCleaningWarps;
   const int thread = threadIdx.x % kThreads;
-  Ring<C::kStages> stage;
+  Slot<C::kStages> stage;
   for (Walk<C> walk(p); walk.index < p.items; walk.advance(p)) {
     const Item<C> item(p, walk.index);
     // `anywhere`: not only where rows begin or end.
     const auto clean = [&](int first_key, bool masked, [[maybe_unused]] bool anywhere) {
-      ptx::barrier_wait(shared.v_full(stage.at), stage.parity);
+      ptx::barrier_wait(shared.v_full(stage.index), stage.parity);
       if (masked) {
-        const uint32_t v_tile = shared.v(stage.at);
+        const uint32_t v_tile = shared.v(stage.index);
         // Rows of the tile that are seen by all: none where they end before they begin.
         int end = max(item.last_open(p) + 1 - first_key, 0);
         bool found = false;
@@ -771,9 +749,9 @@ __device__ __forceinline__ void clean_values(const F16Params& p, const Shared<C>
         ptx::async_proxy_fence();
         __syncwarp();
       }
-      if (masked && threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.v_clean(stage.at));
-      release_shared<C>(shared.v_empty(stage.at));  // so that no tile passes unseen
-      stage.advance();
+      if (masked && threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.v_clean(stage.index));
+      release_shared<C>(shared.v_empty(stage.index));  // so that no tile passes unseen
+      stage.next();
     };
     if constexpr (C::kMasks) {
       for (Visit<C> visit(p, item); visit.more();) {
@@ -809,7 +787,7 @@ __device__ __forceinline__ void write_rows(const F16Params& p, const Item<C>& it
     float total = rows.sum[half];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
-    inverse[half] = reciprocal(total);
+    inverse[half] = ptx::reciprocal(total);
     const int in_block = group * 64 + thread / 32 % 4 * 16 + lane / 4 + half * 8, row = item.row0 + in_block;
     if (p.lse != nullptr && c == 0 && row < p.q_tokens) {
       float lse = (rows.maximum[half] + (log2f(total) + C::kShift)) * kLn2;

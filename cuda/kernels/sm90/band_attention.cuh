@@ -593,7 +593,7 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             const float rest = of.sum[half] - (C::kFirstLow == 0 ? first[half] : 0.0f);
-            centred[half] = p.whole_mean ? 1.0f : of.sum[half] > 0.0f ? rest * reciprocal(of.sum[half]) : 0.0f;
+            centred[half] = p.whole_mean ? 1.0f : of.sum[half] > 0.0f ? rest * ptx::reciprocal(of.sum[half]) : 0.0f;
             weight[half] = of.sum[half] * rescale[half] * C::kShrunk;
             const float share = lane % 4 == 0 ? weight[half] : 0.0f;
             band_sum[half] += share;
@@ -718,7 +718,7 @@ __device__ __forceinline__ void multiply_items(const BandParams& params, uint8_t
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float sum = sum_of_quad(band_sum[half]);
-        rescale[half] = sum > 0.0f ? reciprocal(sum) : 0.0f;
+        rescale[half] = sum > 0.0f ? ptx::reciprocal(sum) : 0.0f;
         state.sum[half] = sum * (1.0f / C::kShrunk);
         if (C::kSums) state.exact[half] = (state.exact[half] + band_sum[half]) * (1.0f / C::kShrunk);
       }
@@ -785,16 +785,20 @@ void launch(const Sage2Op& op, cudaStream_t stream) {
   params.v = make_tensor_map(op.v, kBandKeys, kWidth);
   params.factor = op.scale * kLog2e;
   params.head_dim = static_cast<int>(op.q.channels());
-  int device = 0, multiprocessors = 0;
-  SAGE_CUDA(cudaGetDevice(&device));
-  SAGE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  SAGE_CUDA(cudaFuncSetAttribute(band_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-  const unsigned blocks = std::min(static_cast<unsigned>(multiprocessors), params.sage2.items);
-  launch_overlapped(band_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, params);
+  launch_items(band_kernel<C>, C::kSharedBytes, params.sage2.items, stream, params);
 }
 
-// One head dimension and type a source file, so that they compile side by side.
 template <int kHeadDim, ptx::Half kHalf>
-void launch_for(const Sage2Op& op, cudaStream_t stream);
+void launch_half(const Sage2Op& op, cudaStream_t stream) {
+  if (op.plan.fast_exponential) return launch<BandConfig<kHeadDim, true, kHalf>>(op, stream);
+  launch<BandConfig<kHeadDim, false, kHalf>>(op, stream);
+}
+
+// One head dimension a source file, so that they compile side by side.
+template <int kHeadDim>
+void launch_for(const Sage2Op& op, cudaStream_t stream) {
+  if (op.q.dtype == DType::kF16) return launch_half<kHeadDim, ptx::Half::kF16>(op, stream);
+  launch_half<kHeadDim, ptx::Half::kBF16>(op, stream);
+}
 
 }  // namespace sage::cuda::sm90::band

@@ -19,17 +19,13 @@ constexpr int kRows = 16;  // of one thread
 constexpr int kSpan = 64;  // rows that four neighbouring sets of threads share
 constexpr float kLargest = 0x1.fffffep127f;
 
-struct PackArguments {
-  Tensor q, k, v;
-  Sage2Packed packed;
-  int q_heads, kv_heads;
-  unsigned q_tiles, kv_tiles;  // of one plane, of kTokens rows
-  unsigned q_items, kv_items;  // of all
-  int64_t q_rows;              // of one plane, padded to whole query blocks
-  float factor;                // of q_scales
-  float range;                 // largest code of Q and K
-  bool centre_all;             // V's first tile too
-  ValueCodes codes;            // of V
+struct PackArguments : RowArguments {
+  Tensor v;
+  bool centre_all;   // V's first tile too
+  ValueCodes codes;  // of V
+
+  PackArguments(const Sage2Op& op, int tokens)
+      : RowArguments(op, tokens), v(make_tensor(op.v)), centre_all(op.plan.smooth_v) {}
 };
 
 template <DType kInput, int kPaddedHeadDim, int kBlockN>
@@ -672,21 +668,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
 template <class C>
 void launch_pack_of(const Sage2Op& op, CUstream_st* stream) {
-  PackArguments a{};
-  a.q = make_tensor(op.q);
-  a.k = make_tensor(op.k);
-  a.v = make_tensor(op.v);
-  a.packed = op.packed;
-  a.q_heads = static_cast<int>(op.q.heads());
-  a.kv_heads = static_cast<int>(op.k.heads());
-  a.q_rows = (op.q.tokens() + kBlockM - 1) / kBlockM * kBlockM;
-  a.q_tiles = static_cast<unsigned>((a.q_rows + C::kTokens - 1) / C::kTokens);
-  a.kv_tiles = static_cast<unsigned>((op.k.tokens() + C::kTokens - 1) / C::kTokens);
-  a.q_items = static_cast<unsigned>(op.q.batch() * op.q.heads()) * a.q_tiles;
-  a.kv_items = static_cast<unsigned>(op.k.batch() * op.k.heads()) * a.kv_tiles;
-  a.factor = op.scale * kLog2e;
-  a.range = op.plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
-  a.centre_all = op.plan.smooth_v;
+  PackArguments a(op, C::kTokens);
   const bool whole = a.kv_tiles <= kMostTiles;
   a.codes = ValueCodes::of(op.plan, whole);
   const bool rotates = op.plan.rotate;  // then these kernels pack values alone, which are their first items

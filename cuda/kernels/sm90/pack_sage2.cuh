@@ -62,6 +62,31 @@ __device__ __forceinline__ void write_bits(uint32_t* to, int words, bool any, ui
   if (thread < words) to[thread] = bits[thread];
 }
 
+// What packing rows of queries and keys takes.
+struct RowArguments {
+  Tensor q, k;
+  Sage2Packed packed;
+  int q_heads, kv_heads;
+  unsigned q_tiles, kv_tiles;  // of one plane, of so many tokens
+  unsigned q_items, kv_items;  // of all
+  int64_t q_rows;              // of one plane, padded to whole query blocks
+  float factor;                // of q_scales
+  float range;                 // largest code
+
+  RowArguments(const Sage2Op& op, int tokens) : q(make_tensor(op.q)), k(make_tensor(op.k)), packed(op.packed) {
+    const auto tiles_of = [&](int64_t rows) { return static_cast<unsigned>((rows + tokens - 1) / tokens); };
+    q_heads = static_cast<int>(op.q.heads());
+    kv_heads = static_cast<int>(op.k.heads());
+    q_rows = (op.q.tokens() + kBlockM - 1) / kBlockM * kBlockM;
+    q_tiles = tiles_of(q_rows);
+    kv_tiles = tiles_of(op.k.tokens());
+    q_items = static_cast<unsigned>(op.q.batch() * op.q.heads()) * q_tiles;
+    kv_items = static_cast<unsigned>(op.k.batch() * op.k.heads()) * kv_tiles;
+    factor = op.scale * kLog2e;
+    range = op.plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
+  }
+};
+
 // ---- what a channel's values come to ----------------------------------------------------------------------------
 
 // Of finite values; `pivot` is one of them, or any other constant that all parts of a summary share.

@@ -17,17 +17,17 @@ namespace {
 
 constexpr float kLargest = 0x1.fffffep127f;
 
-struct RotateArguments {
-  Tensor q, k;
-  Sage2Packed packed;
-  int q_heads, kv_heads;
-  unsigned q_tiles, kv_tiles;  // of one plane, of kTokens rows
-  unsigned q_items;            // of all
-  int64_t q_rows;              // of one plane, padded to whole query blocks
-  float factor;                // of q_scales
-  float range;                 // largest code
+struct RotateArguments : RowArguments {
   // Of 32 channels each: bits 4c + w and 16 + 4c + w are set where channels 8c + 2w and 8c + 2w + 1 change their sign.
-  uint32_t signs[8];
+  uint32_t signs[8] = {};
+
+  RotateArguments(const Sage2Op& op, int tokens, int head_dim) : RowArguments(op, tokens) {
+    factor *= static_cast<float>(head_dim);
+    for (uint32_t channel = 0; channel < 256; channel++) {
+      if (rotation_sign(channel) > 0.0f) continue;
+      signs[channel / 32] |= 1u << (channel / 8 % 4 * 4 + channel % 8 / 2 + channel % 2 * 16);
+    }
+  }
 };
 
 template <DType kInput, int kPaddedHeadDim, int kBlockN>
@@ -401,24 +401,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks) rotate_kernel(const _
 
 template <class C>
 void launch_for(const Sage2Op& op, CUstream_st* stream) {
-  RotateArguments a{};
-  a.q = make_tensor(op.q);
-  a.k = make_tensor(op.k);
-  a.packed = op.packed;
-  a.q_heads = static_cast<int>(op.q.heads());
-  a.kv_heads = static_cast<int>(op.k.heads());
-  a.q_rows = (op.q.tokens() + kBlockM - 1) / kBlockM * kBlockM;
-  a.q_tiles = static_cast<unsigned>((a.q_rows + C::kTokens - 1) / C::kTokens);
-  a.kv_tiles = static_cast<unsigned>((op.k.tokens() + C::kTokens - 1) / C::kTokens);
-  a.q_items = static_cast<unsigned>(op.q.batch() * op.q.heads()) * a.q_tiles;
-  const auto kv_items = static_cast<unsigned>(op.k.batch() * op.k.heads()) * a.kv_tiles;
-  a.factor = op.scale * kLog2e * C::kHeadDim;
-  a.range = op.plan.kernel == Kernel::kSage2Int4 ? kInt4Range : kInt8Range;
-  for (uint32_t channel = 0; channel < 256; channel++) {
-    if (rotation_sign(channel) > 0.0f) continue;
-    a.signs[channel / 32] |= 1u << (channel / 8 % 4 * 4 + channel % 8 / 2 + channel % 2 * 16);
-  }
-  launch_overlapped(rotate_kernel<C>, a.q_items + kv_items, C::kThreads, 0, stream, a);
+  const RotateArguments a(op, C::kTokens, C::kHeadDim);
+  launch_overlapped(rotate_kernel<C>, a.q_items + a.kv_items, C::kThreads, 0, stream, a);
 }
 
 }  // namespace

@@ -100,7 +100,10 @@ void launch_sage2_pack(const Sage2Op& op, CUstream_st* stream);
 // After packing, where queries are smoothed: packed.shifts.
 void launch_sage2_shifts(const Sage2Op& op, CUstream_st* stream);
 void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream);
-void launch_band_attention(const Sage2Op& op, CUstream_st* stream);  // where plan.band
+// Where plan.band.
+void launch_band_d64(const Sage2Op& op, CUstream_st* stream);
+void launch_band_d128(const Sage2Op& op, CUstream_st* stream);
+void launch_band_d256(const Sage2Op& op, CUstream_st* stream);
 // Rows that see something that is not finite.
 void launch_sage2_repair(const Sage2Op& op, CUstream_st* stream);
 

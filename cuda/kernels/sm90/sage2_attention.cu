@@ -68,7 +68,13 @@ Sage2Params sage2::make_params(const Sage2Op& op) {
 }
 
 void launch_sage2_attention(const Sage2Op& op, CUstream_st* stream) {
-  if (op.plan.band) return launch_band_attention(op, stream);
+  if (op.plan.band) {
+    switch (op.plan.padded_head_dim) {
+      case 64: return launch_band_d64(op, stream);
+      case 128: return launch_band_d128(op, stream);
+      default: return launch_band_d256(op, stream);
+    }
+  }
   const Sage2Params params = make_params(op);
   if (op.plan.kernel == Kernel::kSage2PP) {
     switch (op.plan.padded_head_dim) {

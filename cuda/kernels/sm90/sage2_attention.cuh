@@ -19,10 +19,12 @@
 #include "../ptx/barrier.cuh"
 #include "../ptx/fragment.cuh"
 #include "../ptx/memory.cuh"
+#include "../ptx/reciprocal.cuh"
 #include "../ptx/wgmma.cuh"
 #include "half_sums.cuh"
 #include "launch.cuh"
 #include "sage2.h"
+#include "slot.cuh"
 #include "tile_mask.cuh"
 
 namespace sage::cuda::sm90::sage2 {
@@ -155,21 +157,6 @@ constexpr float kDrift = 10.5f;
 constexpr int kLongestSum = 1 << 16;
 
 // ---- rings of tiles ----------------------------------------------------------------------------------------------
-
-template <int kStages>
-struct Slot {
-  uint32_t index = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++index == kStages) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-
-  __device__ __forceinline__ Slot previous() const {
-    return index == 0 ? Slot{kStages - 1, parity ^ 1} : Slot{index - 1, parity};
-  }
-};
 
 // Two barriers a stage: full (copied) and empty (every warp is done with it).
 template <int kStages>
@@ -304,12 +291,6 @@ struct RowState {
   float sum[2] = {};
   float exact[2] = {};  // a lane's share of the row sum of P before it was rounded
 };
-
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // How much sums shrink when their kept maximum moves.
 __device__ __forceinline__ float shrink(float from, float to) {
@@ -736,7 +717,7 @@ struct CodeLine {
 
 template <class C>
 __device__ __forceinline__ CodeLine code_line(const RowState& state, float factor) {
-  const float inverse = reciprocal(factor), shift = C::kOffset + 7.0f - 0.057f + 0.0625f;
+  const float inverse = ptx::reciprocal(factor), shift = C::kOffset + 7.0f - 0.057f + 0.0625f;
   CodeLine line;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -877,7 +858,7 @@ struct Total {
     for (int half = 0; half < 2; half++) {
       state.sum[half] = sum[half];
       if (C::kTotalBytes == 2) continue;
-      fresh[half] = sum[half] > 0.0f ? reciprocal(sum[half]) : 0.0f;
+      fresh[half] = sum[half] > 0.0f ? ptx::reciprocal(sum[half]) : 0.0f;
       old[half] *= fresh[half];
     }
 #pragma unroll
@@ -901,7 +882,7 @@ struct Total {
       const float2 before = used ? rows[8 * half] : make_float2(0.0f, -INFINITY);
       const float factor = shrink(before.y, state.maximum[half]);
       sum[half] = before.x * factor + state.sum[half];
-      const float inverse = sum[half] > 0.0f ? reciprocal(sum[half]) : 0.0f;
+      const float inverse = sum[half] > 0.0f ? ptx::reciprocal(sum[half]) : 0.0f;
       old[half] = C::kTotalBytes == 4 ? factor : before.x * factor * inverse;
       fresh[half] = C::kTotalBytes == 4 ? 1.0f : inverse;
     }
@@ -1522,7 +1503,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
         if constexpr (C::kCentred) {
           const float factor = course.next_factor();
           misfit = any_misfit<C>(factor, shifts_of(slot));
-          start_scores<C>(s, misfit ? 0.0f : reciprocal(factor), shifts_of(slot));
+          start_scores<C>(s, misfit ? 0.0f : ptx::reciprocal(factor), shifts_of(slot));
         }
         wait_turn();
         ptx::pin(weights);
@@ -1597,7 +1578,7 @@ __device__ __forceinline__ void multiply_items(const Sage2Params& p, uint8_t* sh
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float rest = state.sum[half] - (ends_at_first ? first[half] : 0.0f);
-        centred[half] = p.whole_mean ? 1.0f : state.sum[half] > 0.0f ? rest * reciprocal(state.sum[half]) : 0.0f;
+        centred[half] = p.whole_mean ? 1.0f : state.sum[half] > 0.0f ? rest * ptx::reciprocal(state.sum[half]) : 0.0f;
       }
     } else {
       release_queries(query.index);
@@ -1661,6 +1642,17 @@ __global__ void __launch_bounds__(kThreads, 1) sage2_kernel(const __grid_constan
     ptx::grow_registers<C::kRegisters>();
     multiply_items<C>(p, shared, base, rings, group);
   }
+}
+
+// As many blocks as there are multiprocessors, if there are so many items.
+template <class Params>
+void launch_items(void (*kernel)(Params), int shared_bytes, uint32_t items, cudaStream_t stream, const Params& params) {
+  int device = 0, multiprocessors = 0;
+  SAGE_CUDA(cudaGetDevice(&device));
+  SAGE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  SAGE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  const unsigned blocks = std::min(static_cast<unsigned>(multiprocessors), items);
+  launch_overlapped(kernel, blocks, kThreads, shared_bytes, stream, params);
 }
 
 }  // namespace sage::cuda::sm90::sage2

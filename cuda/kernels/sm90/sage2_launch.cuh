@@ -8,12 +8,7 @@ namespace sage2 {
 
 template <class C>
 void launch(const Sage2Params& params, cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  SAGE_CUDA(cudaGetDevice(&device));
-  SAGE_CUDA(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  SAGE_CUDA(cudaFuncSetAttribute(sage2_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
-  const unsigned blocks = std::min(static_cast<unsigned>(multiprocessors), params.items);
-  launch_overlapped(sage2_kernel<C>, blocks, kThreads, C::kSharedBytes, stream, params);
+  launch_items(sage2_kernel<C>, C::kSharedBytes, params.items, stream, params);
 }
 
 template <int kHeadDim, bool kSmooth>
