@@ -1,4 +1,4 @@
-// 1 / x as one instruction has it, to an error of one unit; 0 of what is below the normal numbers counts as infinity.
+// 1 / x by one instruction: to one unit in the last place, with what is below the normal numbers as 0.
 #pragma once
 
 namespace sage::cuda::ptx {
