@@ -67,7 +67,8 @@ function pairs(
   sinks: Tensor<"f32">,
 ): Pair[] {
   const all = (x: Float, options: AttentionOptions) => () => attention(x, x, x, options);
-  // Other code may run where there are masks: what they cost is told by the same code without. Sinks cost nothing.
+  // Other code may run where there are masks: what they cost is told by the same code without. Sinks by themselves
+  // cost nothing, but have that code's blocks for masks, which a mask that hides nothing does without.
   const open = alike(batch, { ...variant, mask: masks[0][1] }, [variant, { ...variant, sinks }]);
   const cuSeqlensQ = Array.from({ length: sequences + 1 }, (_, i) => i * short);
   return [
